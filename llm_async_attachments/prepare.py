@@ -1,0 +1,574 @@
+"""The pre-fetch step: find, decide, fetch together, serve."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextvars import Token
+from types import TracebackType
+from typing import Any
+
+import anyio
+import llm
+
+from . import bridge, memory, policy
+from .attachment import PreparedAttachment, load, no_source
+from .errors import AttachmentTooLarge
+from .fetch import Fetcher, Shared, Source, in_thread, size_of_path, size_text
+from .guard import Scope, install, open_scope
+from .settings import Settings, current
+
+_WAITED_LONG = 1.0  # seconds after which a server may have given an unread answer up
+
+
+async def prepare_attachments(
+    prompt: Any,
+    conversation: Any = None,
+    *,
+    model: Any = None,
+    max_bytes: int | None = None,
+) -> Preparation:
+    """Prepare every attachment of a prompt and its conversation, and give the `Preparation`.
+
+    It runs by itself before each `execute()` of an async model. `model` is the prompt's by default;
+    `max_bytes` is the cap for each URL's body, the setting `max_bytes` by default, and a model's
+    lower `max_attachment_bytes` wins. Types that were found are noted on attachments without one.
+
+    Raises AttachmentError (AttachmentFetchError, AttachmentTooLarge) for the first attachment that
+    fails; the fetches of the others are cancelled then.
+    """
+    install()
+    preparation = Preparation(prompt.model if model is None else model, max_bytes=max_bytes)
+    new, history = find_attachments(prompt, conversation)
+    if new or history:
+        try:
+            await preparation.add(new, history)
+        except BaseException:
+            preparation.close()
+            raise
+        preparation.idle()
+    return preparation
+
+
+# -- find ---------------------------------------------------------------------------------------
+
+
+def find_attachments(
+    prompt: Any, conversation: Any = None
+) -> tuple[list[llm.Attachment], list[llm.Attachment]]:
+    """Every attachment that a model may read: those new in this turn, and those of history."""
+    new = list(_of_turn(prompt))
+    history: list[llm.Attachment] = []
+    # llm before 0.32 has no messages
+    messages = list(getattr(prompt, "messages", ()))
+    answered = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    for index, message in enumerate(messages):
+        (new if index > answered else history).extend(_of_message(message))
+    seen = {id(message): message for message in messages}  # kept: ids of the dead come again
+    for response in getattr(conversation, "responses", None) or ():
+        history.extend(_of_turn(response.prompt))
+        history.extend(response.attachments)
+        for message in getattr(response.prompt, "messages", ()):
+            if id(message) not in seen:
+                seen[id(message)] = message
+                history.extend(_of_message(message))
+    return _unique(new), _unique(history)
+
+
+def _of_turn(prompt: Any) -> Iterator[llm.Attachment]:
+    yield from prompt.attachments or ()
+    for result in getattr(prompt, "tool_results", None) or ():
+        yield from getattr(result, "attachments", None) or ()
+
+
+def _of_message(message: Any) -> Iterator[llm.Attachment]:
+    for part in message.parts:
+        if (attachment := getattr(part, "attachment", None)) is not None:
+            yield attachment
+        yield from getattr(part, "attachments", None) or ()
+
+
+def _unique(attachments: Iterable[llm.Attachment]) -> list[llm.Attachment]:
+    """Each object once, without those that answer for themselves."""
+    return list({id(a): a for a in attachments if _is_ours(a)}.values())
+
+
+def _is_ours(attachment: Any) -> bool:
+    if isinstance(attachment, PreparedAttachment):
+        return not attachment.held
+    # A subclass with a content_bytes() of its own knows where its bytes are.
+    return getattr(type(attachment), "content_bytes", None) is llm.Attachment.content_bytes
+
+
+# -- serve --------------------------------------------------------------------------------------
+
+
+class Preparation(Scope):
+    """What was prepared for one `execute()`.
+
+    `with preparation:` opens it: inside, and in tasks and threads started there, `content_bytes()`
+    and the others of `llm.Attachment` answer from memory. At the end it lets its bytes go.
+    """
+
+    def __init__(self, model: Any = None, *, max_bytes: int | None = None) -> None:
+        self.settings = current()
+        self.model = model
+        self.mode = self.settings.guard
+        self.loop = _running_loop()
+        self.max_bytes = _cap(model, max_bytes, self.settings)
+        self.closed = False
+        self._prepared: dict[Source, PreparedAttachment] = {}
+        self._kept: list[Any] = []  # contents whose id() is a key above
+        self._groups: dict[Source, list[llm.Attachment]] = {}
+        self._demands: dict[Source, Shared[PreparedAttachment]] = {}
+        self._given: set[str] = set()
+        self._asked: set[str] = set()
+        self._admitted: _Admission | None = None  # made when it is needed
+        self._tokens: list[Token[Scope | None]] = []
+
+    # -- open and closed
+
+    def __enter__(self) -> Preparation:
+        if self.closed:
+            raise RuntimeError("This preparation is closed: its bytes are gone. Prepare again")
+        self.busy()
+        self._tokens.append(open_scope.set(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        open_scope.reset(self._tokens.pop())
+        self.close()
+
+    def close(self) -> None:
+        """Let the bytes go. Code that still asks is told so by the guard."""
+        self.closed = True
+        self._prepared.clear()
+        self._kept.clear()
+        self._groups.clear()
+        self._demands.clear()
+        if self._admitted is not None:
+            self._finalizer.detach()
+            self._admitted.release()
+
+    @property
+    def _admission(self) -> _Admission:
+        if self._admitted is None:
+            self._admitted = _Admission()
+            self._finalizer = weakref.finalize(self, _release_soon, self._admitted, self.loop)
+            self._finalizer.atexit = False
+        return self._admitted
+
+    # -- what is held
+
+    @property
+    def carries(self) -> bool:
+        """True if there are attachments at all."""
+        return bool(self._groups)
+
+    @property
+    def unfetched(self) -> bool:
+        """True while something that the prompt carries is not in memory."""
+        return any(
+            source not in self._prepared or not self._prepared[source].held
+            for source in self._groups
+        )
+
+    @property
+    def prepared(self) -> list[PreparedAttachment]:
+        """What is held, one for each source."""
+        return list(self._prepared.values())
+
+    def get(self, attachment: llm.Attachment) -> PreparedAttachment | None:
+        source = Source.of(attachment)
+        return None if source is None else self._prepared.get(source)
+
+    def asked(self, prepared: PreparedAttachment) -> None:
+        if prepared.type and prepared.url and prepared.type not in self._asked:
+            self._asked.add(prepared.type)
+            policy.seen.note(policy.class_of(self.model), prepared.type, asked=True)
+
+    def succeeded(self) -> None:
+        """Note, for later prompts, which media types the model was given and did not ask for."""
+        for media_type in self._given - self._asked:
+            policy.seen.note(policy.class_of(self.model), media_type, asked=False)
+
+    def carry(self, prompt: Any, conversation: Any) -> None:
+        """Note attachments that were not prepared here, and may still be asked for."""
+        for attachments in find_attachments(prompt, conversation):
+            for attachment in attachments:
+                self._group(attachment, required=False)
+
+    def idle(self) -> None:
+        """Nothing runs in it for now: who waits for its bytes may wait for good."""
+        if self._admitted is not None:
+            self._admitted.lend()
+
+    def busy(self) -> None:
+        """Something runs in it."""
+        if self._admitted is not None:
+            self._admitted.end_lending()
+
+    # -- fetch together
+
+    async def add(self, new: list[llm.Attachment], history: list[llm.Attachment]) -> None:
+        """Prepare attachments; those of history may come from the cache."""
+        fresh = {source for a in new if (source := self._group(a))}
+        for attachment in history:
+            self._group(attachment, required=False)
+        waiting = [s for s in self._groups if s not in self._prepared and not self._typed_pass(s)]
+        for source in [s for s in waiting if s not in fresh and s.kind == "url"]:
+            if self._from_cache(source):
+                waiting.remove(source)
+        if waiting:
+            await self._admission.start(
+                await self._known_sizes(waiting),
+                self.max_bytes,
+                self.settings.max_concurrent_fetches,
+                nested=_is_nested(),
+            )
+            async with Fetcher(self.settings, max_bytes=self.max_bytes) as fetcher:
+                jobs = [self._job(source, fetcher, source in fresh) for source in waiting]
+                await _all_or_first_error([self._admission.grant, *jobs])
+
+    async def _known_sizes(self, sources: list[Source]) -> dict[Source, int | None]:
+        """The sizes of what is in memory or in files; None for URLs."""
+        paths = [str(source.place) for source in sources if source.kind == "path"]
+        of_path = iter(await in_thread(lambda: list(map(size_of_path, paths))) if paths else ())
+        sizes: dict[Source, int | None] = dict.fromkeys(sources)
+        for source in sources:
+            if source.kind == "content":
+                sizes[source] = len(self._groups[source][0].content or b"")
+            elif source.kind == "path":
+                sizes[source] = next(of_path)
+        return sizes
+
+    def _group(self, attachment: llm.Attachment, *, required: bool = True) -> Source | None:
+        source = Source.of(attachment)
+        if source is None:
+            if required:
+                raise no_source()
+            return None
+        self._groups.setdefault(source, []).append(attachment)
+        if source.kind == "content":
+            self._kept.append(attachment.content)
+        return source
+
+    def _typed_pass(self, source: Source) -> bool:
+        """True if an attachment needs nothing: its type is given and its URL passed through."""
+        types = [a.type for a in self._groups[source]]
+        return source.kind == "url" and all(t and not self._wants(t) for t in types)
+
+    def _wants(self, media_type: str | None) -> bool:
+        can_wait = getattr(self.model, "sync_model", None) is not None or (
+            self.settings.bridge and bridge.available()
+        )
+        return not policy.choose(self.model, media_type, can_wait=can_wait).passes
+
+    def _wants_any(self, source: Source, media_type: str | None) -> bool:
+        types = {a.type or media_type for a in self._groups.get(source, ())} or {media_type}
+        return any(self._wants(t) for t in types)
+
+    def _from_cache(self, source: Source) -> bool:
+        entry = memory.cache.get(str(source.place))
+        if entry is None:
+            return False
+        attachment = self._groups[source][0]
+        media_type, data = attachment.type or entry[0], None
+        if self._wants_any(source, entry[0]):
+            data = entry[1]
+            self._admission.take(len(data))
+        self._hold(source, PreparedAttachment(attachment, type=media_type, data=data))
+        return True
+
+    def _job(self, source: Source, fetcher: Fetcher, fresh: bool) -> Callable[[], Awaitable[None]]:
+        async def prepare() -> None:
+            attachment = self._representative(source)
+            prepared = await load(
+                attachment,
+                fetcher,
+                wants=lambda media_type: self._wants_any(source, media_type),
+                declared=getattr(self.model, "attachment_types", None) or (),
+                admit=lambda size: self._admission.admit(source, size),
+            )
+            self._admission.settle(source, prepared.size or 0 if prepared.held else 0)
+            if fresh and prepared.held and prepared.type and source.kind == "url":
+                self._given.add(prepared.type)
+            self._hold(source, prepared)
+
+        return prepare
+
+    def _representative(self, source: Source) -> llm.Attachment:
+        group = self._groups[source]
+        return next((a for a in group if not a.type), group[0])
+
+    def _hold(self, source: Source, prepared: PreparedAttachment) -> None:
+        """Keep what was prepared, and note what would cost I/O to learn again."""
+        if not self.closed:
+            self._prepared[source] = prepared
+        for attachment in self._groups.get(source, ()):
+            if not attachment.type and prepared.type:
+                attachment.type = prepared.type
+        if prepared.held and source.kind == "url":
+            memory.cache.put(str(source.place), prepared.type, prepared.content_bytes())
+
+    # -- a demand
+
+    async def fetch(self, attachment: llm.Attachment, *, body: bool) -> PreparedAttachment:
+        source = Source.of(attachment)
+        if source is None or self.closed:
+            return await super().fetch(attachment, body=body)
+        self._groups.setdefault(source, [])
+        if not any(a is attachment for a in self._groups[source]):
+            self._groups[source].append(attachment)
+            self._kept.append(attachment.content)
+        if body and attachment.type and attachment.url:
+            policy.seen.note(policy.class_of(self.model), attachment.type, asked=True)
+        async with Fetcher(self.settings, max_bytes=self.max_bytes) as fetcher:
+            mine = self._start(source, fetcher, body=body)
+            alike = self._of_type(attachment.type) if body else []
+            others = [self._start(s, fetcher, body=True) for s in alike]
+            # What fails among the others is told to who asks for it.
+            await asyncio.gather(*(s.wait() for s in (mine, *others)), return_exceptions=True)
+            return await mine.wait()
+
+    def _of_type(self, media_type: str | None) -> list[Source]:
+        """What waits unfetched and has the same type: it will be asked for next."""
+        return [
+            source
+            for source, group in self._groups.items()
+            if media_type
+            and group[0].type == media_type
+            and not ((held := self._prepared.get(source)) and held.held)
+        ]
+
+    def _start(self, source: Source, fetcher: Fetcher, *, body: bool) -> Shared[PreparedAttachment]:
+        running = self._demands.get(source)
+        if running is None or running.done:
+            running = Shared(lambda: self._demand(source, fetcher, body))
+            self._demands[source] = running
+        return running
+
+    async def _demand(self, source: Source, fetcher: Fetcher, body: bool) -> PreparedAttachment:
+        prepared = await load(
+            self._representative(source),
+            fetcher,
+            wants=lambda media_type: body or self._wants(media_type),
+            declared=getattr(self.model, "attachment_types", None) or (),
+        )
+        if prepared.held and prepared.size:
+            # Never waited for: what is held already would wait for itself.
+            self._admission.take(prepared.size)
+        self._hold(source, prepared)
+        return prepared
+
+
+def _is_nested() -> bool:
+    """True inside a preparation that is open: what it holds is not given back meanwhile."""
+    scope = open_scope.get()
+    return isinstance(scope, Preparation) and not scope.closed
+
+
+def _cap(model: Any, max_bytes: int | None, settings: Settings) -> int:
+    cap = settings.max_bytes if max_bytes is None else max_bytes
+    own = getattr(model, "max_attachment_bytes", None)
+    return cap if own is None else min(cap, own)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _all_or_first_error(jobs: list[Callable[[], Awaitable[None]]]) -> None:
+    """Run all together; the first error cancels the rest and is raised as it is."""
+    errors: list[Exception] = []
+
+    async def run(job: Callable[[], Awaitable[None]], group: Any) -> None:
+        try:
+            await job()
+        except Exception as error:
+            errors.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for job in jobs:
+            group.start_soon(run, job, group)
+    if errors:
+        raise errors[0]
+
+
+# -- within the budget --------------------------------------------------------------------------
+
+
+class _Admission:
+    """Lets the bytes of one preparation into memory when the budget has room for all of them.
+
+    Sizes come from headers before bodies are read; one that is not known counts as the cap until
+    the body is there. A preparation inside another one never waits: it would wait for itself.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[Source, int | None] = {}
+        self._cap = 0
+        self._at_once = 1
+        self._reserved = 0
+        self._extra = 0
+        self._parked: set[Source] = set()
+        self._ended: set[Source] = set()
+        self._known = asyncio.Event()
+        self._granted = asyncio.Event()
+        self._holds_sizing = False
+        self._lent = 0
+        self._reading: set[Source] = set()  # of those of unknown size
+        self._settled = asyncio.Event()
+
+    async def start(
+        self, sizes: dict[Source, int | None], cap: int, at_once: int, *, nested: bool
+    ) -> None:
+        """Begin with what is known of the sizes in bytes. At best there is room at once."""
+        self._sizes, self._cap, self._at_once = sizes, cap, at_once
+        self._check()
+        if nested:
+            memory.budget.take(self._needed())
+        elif not memory.budget.try_take(self._needed()):
+            await memory.sizing.wait_for(1)
+            self._holds_sizing = True
+            return
+        self._reserved = self._needed()
+        self._granted.set()
+
+    async def grant(self) -> None:
+        """Wait until sizes are known, of as many as can be asked at once, and reserve for all."""
+        if self._granted.is_set():
+            return
+        await self._known.wait()
+        self._check()
+        needed = self._needed()
+        await memory.budget.wait_for(needed)
+        self._reserved = needed
+        self._leave_sizing()
+        self._granted.set()
+
+    async def admit(self, source: Source, size: int | None) -> bool:
+        """Wait until the bytes of a source may come.
+
+        True if it took so long that a server may have given up an answer that nobody read.
+        """
+        started = anyio.current_time()
+        if self._sizes.get(source) is None:
+            self._sizes[source] = size
+        if not self._granted.is_set():
+            self._parked.add(source)
+            self._announce()
+            await self._granted.wait()
+        if size is None and source not in self._reading:
+            await self._room_for_unknown(source)
+        self._check()
+        self._adjust()
+        return anyio.current_time() - started > _WAITED_LONG
+
+    async def _room_for_unknown(self, source: Source) -> None:
+        """Of bodies whose size nothing tells, let in as many at once as are sure to fit."""
+        while (
+            self._reading
+            and self._known_bytes() + self._cap * (len(self._reading) + 1) > memory.budget.size
+        ):
+            self._settled.clear()
+            await self._settled.wait()
+        self._reading.add(source)
+
+    def settle(self, source: Source, size: int) -> None:
+        """The bytes of a source are in memory, or will not come."""
+        self._sizes[source] = size
+        self._ended.add(source)
+        self._reading.discard(source)
+        self._settled.set()
+        self._check()
+        if self._granted.is_set():
+            self._adjust()
+        else:
+            self._announce()
+
+    def take(self, amount: int) -> None:
+        """Count bytes that are there anyway, over the budget if need be."""
+        memory.budget.take(amount)
+        self._extra += amount
+
+    def lend(self) -> None:
+        """Say that whoever holds these bytes does nothing with them for now."""
+        if not self._lent and (amount := self._reserved + self._extra):
+            self._lent = amount
+            memory.budget.lend(amount)
+
+    def end_lending(self) -> None:
+        if self._lent:
+            amount, self._lent = self._lent, 0
+            memory.budget.lend(-amount)
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.end_lending()
+        amount = self._reserved + self._extra
+        self._reserved = self._extra = 0
+        if amount:
+            memory.budget.give_back(amount)
+        self._leave_sizing()
+
+    def _announce(self) -> None:
+        urls = sum(source.kind == "url" for source in self._parked)
+        if urls >= self._at_once or len(self._parked) + len(self._ended) == len(self._sizes):
+            self._known.set()
+
+    def _needed(self) -> int:
+        """The bytes to reserve: at most the whole budget, where what is not known might need it."""
+        total = sum(self._cap if size is None else size for size in self._sizes.values())
+        return min(total, memory.budget.size)
+
+    def _known_bytes(self) -> int:
+        return sum(size or 0 for size in self._sizes.values())
+
+    def _check(self) -> None:
+        known = self._known_bytes()
+        if known > memory.budget.size:
+            raise AttachmentTooLarge(
+                f"The attachments of this prompt are {size_text(known)} together, more than the "
+                f"{size_text(memory.budget.size)} that all prompts may hold (setting "
+                "memory_budget). Send fewer at a time, raise it, or use a model that takes "
+                "attachments by URL",
+                size=known,
+                max_bytes=memory.budget.size,
+            )
+
+    def _adjust(self) -> None:
+        """Reserve what is needed now: less, once a size is known that counted as the cap."""
+        change = self._needed() - self._reserved
+        self._reserved += change
+        if change < 0:
+            memory.budget.give_back(-change)
+        elif change > 0:  # a file that grew since it was looked at
+            memory.budget.take(change)
+
+    def _leave_sizing(self) -> None:
+        if self._holds_sizing:
+            self._holds_sizing = False
+            memory.sizing.give_back(1)
+
+
+def _release_soon(admission: _Admission, loop: asyncio.AbstractEventLoop | None) -> None:
+    """For a preparation that nobody closed. Garbage collection can run anywhere, in the budget's
+    own code too, so the release is left to the loop."""
+    try:
+        if loop is not None:
+            loop.call_soon_threadsafe(admission.release)
+            return
+    except RuntimeError:  # the loop is closed
+        pass
+    admission.release()
