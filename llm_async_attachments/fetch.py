@@ -357,9 +357,10 @@ class Fetcher:
 
     async def _answer(self, url: str) -> httpx.Response:
         """The final answer, a success: redirects are followed, passing failures tried again."""
-        import httpx
-
         client = await self._get_client()
+
+        import httpx  # not before: the thread that made the client has loaded it
+
         for attempt in range(self.settings.retries + 1):
             last = attempt == self.settings.retries
             pause = 0.2 * 2**attempt
@@ -387,6 +388,7 @@ class Fetcher:
         for _ in range(self.settings.max_redirects + 1):
             # The client's own credentials are for the host that they were meant for.
             auth = {} if _origin(request) == first else {"auth": None}
+            self._check_host(url, request.url)
             response = await client.send(request, stream=True, follow_redirects=False, **auth)
             if response.next_request is None:
                 return response
@@ -398,6 +400,16 @@ class Fetcher:
             "(setting max_redirects). Check the URL",
             attachment=public_url(url),
         )
+
+    def _check_host(self, url: str, target: httpx.URL) -> None:
+        # httpx lets these through, and a name server would be asked.
+        strange = "%" in target.host and ":" not in target.host
+        if strange or not 0 < (target.port or 80) < 65536 or target.port == 0:
+            raise AttachmentFetchError(
+                f"Could not fetch {public_url(url)}: the host or port of {public_url(str(target))} "
+                "is malformed. Check the URL",
+                attachment=public_url(url),
+            )
 
     def _check_redirect(self, url: str, target: str) -> None:
         if target.partition(":")[0] not in ("http", "https"):

@@ -8,8 +8,9 @@ third, each with a fresh URL. A plugin that is not installed is left out, and na
 
 - requests: what the media host was asked, HEAD and GET.
 - wasted: bytes of bodies that the media host sent and the API request did not carry. The host
-  pauses between headers and body, so a client that leaves once it has the headers costs none; of a
-  host that does not, the first packets are on their way by then (`--pause 0` shows it).
+  pauses between headers and body, so a client that leaves once it has the headers costs none. Of a
+  host that does not, as much as the buffers of the network hold is on its way by then, whether the
+  client reads it or not; `--pause 0` shows that.
 - stall: the longest time that the event loop did not run, less that of the same prompt without
   attachments (the median of three, run just before). Time in which other processes had all the
   processors does not count, where the system tells it.
