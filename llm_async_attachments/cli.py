@@ -174,10 +174,12 @@ class _Inspector:
     """Looks at attachments together, under the limits that a prompt to the model would have."""
 
     def __init__(self, settings: Settings, model: Any, max_bytes: int | None, stdin: bytes) -> None:
+        from .prepare import cap_of
+
         self.settings = settings
         self.model = model
         self.stdin = stdin
-        self.cap = _cap(model, settings if max_bytes is None else max_bytes)
+        self.cap = cap_of(model, max_bytes)
         self.ended = 0
         self.reading: list[Download] = []
 
@@ -253,13 +255,15 @@ class _Inspector:
 
     def _handling(self, one: _Inspected) -> tuple[str, str]:
         """What becomes of an attachment in a prompt to the model, and why."""
+        from .prepare import choose
+
         if one.type not in self.model.attachment_types:
             return "refused", "type not supported"
         if own := _own_preparation(self.model):
             return "left to the model", own
         if not one.is_url:
             return "read", "standard input" if one.given == "-" else "local file"
-        choice = _choose(self.model, one.type, self.settings)
+        choice = choose(self.model, one.type)
         return "passed through" if choice.passes else "fetched", choice.reason
 
     async def _measured(self, download: Download, seconds: float) -> int:
@@ -443,9 +447,9 @@ def models(queries: tuple[str, ...], json_output: bool) -> None:
     Example:
         llm async-attachments models -q gpt-4
     """
-    settings = _settings()
+    _settings()  # a malformed one is told at once
     entries = llm.get_models_with_aliases()
-    facts = [_model_facts(entry, settings) for entry in entries if all(map(entry.matches, queries))]
+    facts = [_model_facts(entry) for entry in entries if all(map(entry.matches, queries))]
     if json_output:
         _echo_json(facts)
     elif not facts:
@@ -454,15 +458,16 @@ def models(queries: tuple[str, ...], json_output: bool) -> None:
         click.echo("\n".join(_model_lines(facts)))
 
 
-def _model_facts(entry: Any, settings: Settings) -> dict[str, Any]:
+def _model_facts(entry: Any) -> dict[str, Any]:
     from .converted import Converted, concurrency
+    from .prepare import cap_of, choose
 
     model = entry.async_model or entry.model
     converted_by = _converted_by(entry.async_model)
     form = "converted" if converted_by else "native" if entry.async_model else "sync only"
     types = sorted(model.attachment_types or ())
     own = _own_preparation(model) if entry.async_model else None
-    choices = {} if own else {t: _choose(model, t, settings) for t in types}
+    choices = {} if own else {t: choose(model, t) for t in types}
     return {
         "model_id": model.model_id,
         "aliases": sorted(entry.aliases),
@@ -471,7 +476,7 @@ def _model_facts(entry: Any, settings: Settings) -> dict[str, Any]:
         "attachment_types": types,
         "by_url": {t: choice.reason for t, choice in choices.items() if choice.passes},
         "prepared_by_model": own,
-        "max_bytes": _cap(model, settings),
+        "max_bytes": cap_of(model),
         "concurrency": concurrency(model.sync_model) if isinstance(model, Converted) else None,
     }
 
@@ -555,22 +560,6 @@ def _own_preparation(model: Any) -> str | None:
     if getattr(model, "supports_async_attachments", False):
         return "supports_async_attachments"
     return None
-
-
-def _choose(model: Any, media_type: str | None, settings: Settings) -> Any:
-    """As a `Preparation` chooses."""
-    from . import bridge, policy
-
-    threaded = getattr(model, "sync_model", None) is not None
-    can_wait = threaded or (settings.bridge and bridge.available())
-    return policy.choose(model, media_type, can_wait=can_wait)
-
-
-def _cap(model: Any, limit: Settings | int) -> int:
-    """The largest body that is fetched for a model: its own limit, if that is lower."""
-    cap = limit if isinstance(limit, int) else int(limit.max_bytes)
-    own = getattr(model, "max_attachment_bytes", None)
-    return cap if own is None else min(cap, int(own))
 
 
 # -- for all ------------------------------------------------------------------------------------

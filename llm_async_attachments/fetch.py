@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
+import anyio._backends._asyncio  # anyio would load it at its first use, which is on the loop
+import anyio.abc
+import anyio.streams.tls
 import anyio.to_thread
 import llm
 from anyio.lowlevel import checkpoint
@@ -380,6 +383,8 @@ class Fetcher:
 
     async def _follow(self, client: httpx.AsyncClient, url: str) -> httpx.Response:
         # Redirects are followed here because httpx reads the bodies of redirects whole.
+        import httpx
+
         # The settings hold for the client of a client_factory too.
         request = client.build_request(
             "GET", url, headers={"Accept-Encoding": "identity"}, timeout=self._timeout()
@@ -389,7 +394,16 @@ class Fetcher:
             # The client's own credentials are for the host that they were meant for.
             auth = {} if _origin(request) == first else {"auth": None}
             self._check_host(url, request.url)
-            response = await client.send(request, stream=True, follow_redirects=False, **auth)
+            try:
+                response = await client.send(request, stream=True, follow_redirects=False, **auth)
+            except (httpx.InvalidURL, httpx.RemoteProtocolError) as error:
+                if isinstance(error, httpx.InvalidURL) or "in location header" in str(error):
+                    raise AttachmentFetchError(
+                        f"Could not fetch {public_url(url)}: its server redirects to a malformed "
+                        "URL. Check the URL",
+                        attachment=public_url(url),
+                    ) from error
+                raise
             if response.next_request is None:
                 return response
             request = response.next_request
@@ -585,8 +599,6 @@ def _explain(error: Exception, url: str, settings: Settings) -> str:
     if isinstance(error, malformed):
         detail = "" if "@" in url else f" ({error})"  # which may quote a password
         return f"the URL is malformed{detail}. Check it"
-    if _bad_redirect(error):
-        return "its server redirects to a malformed URL. Check the URL"
     if isinstance(error, httpx.ConnectTimeout):
         return (
             f"no connection within {settings.connect_timeout:g} s (setting connect_timeout). "
@@ -602,10 +614,6 @@ def _explain(error: Exception, url: str, settings: Settings) -> str:
     if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)):
         return f"the server broke off, or its answer is not HTTP{detail}. Try again later"
     return f"{type(error).__name__}{detail}"
-
-
-def _bad_redirect(error: Exception) -> bool:
-    return str(error).startswith("Invalid URL in location header")  # of httpx
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -624,7 +632,7 @@ def _passing(error: Exception) -> bool:
             return False
         if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
             return False
-    return not _bad_redirect(error) and isinstance(error, (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError))
+    return isinstance(error, (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError))
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -116,7 +116,7 @@ class Preparation(Scope):
         self.model = model
         self.mode = self.settings.guard
         self.loop = _running_loop()
-        self.max_bytes = _cap(model, max_bytes, self.settings)
+        self.max_bytes = cap_of(model, max_bytes)
         self.closed = False
         self._prepared: dict[Source, PreparedAttachment] = {}
         self._kept: list[Any] = []  # contents whose id() is a key above
@@ -265,10 +265,10 @@ class Preparation(Scope):
         return source.kind == "url" and all(t and not self._wants(t) for t in types)
 
     def _wants(self, media_type: str | None) -> bool:
-        can_wait = getattr(self.model, "sync_model", None) is not None or (
-            self.settings.bridge and bridge.available()
-        )
-        return not policy.choose(self.model, media_type, can_wait=can_wait).passes
+        supported = getattr(self.model, "attachment_types", None)
+        if supported and media_type not in supported and can_wait(self.model):
+            return False  # it will be refused, once the type is checked
+        return not choose(self.model, media_type).passes
 
     def _wants_any(self, source: Source, media_type: str | None) -> bool:
         types = {a.type or media_type for a in self._groups.get(source, ())} or {media_type}
@@ -374,8 +374,20 @@ def _is_nested() -> bool:
     return isinstance(scope, Preparation) and not scope.closed
 
 
-def _cap(model: Any, max_bytes: int | None, settings: Settings) -> int:
-    cap = settings.max_bytes if max_bytes is None else max_bytes
+def can_wait(model: Any) -> bool:
+    """True if a model's code can wait for what was not fetched: in a thread, or by the bridge."""
+    in_thread = getattr(model, "sync_model", None) is not None
+    return in_thread or (current().bridge and bridge.available())
+
+
+def choose(model: Any, media_type: str | None) -> policy.Choice:
+    """Whether a model has a media type passed through, and why."""
+    return policy.choose(model, media_type, can_wait=can_wait(model))
+
+
+def cap_of(model: Any, max_bytes: int | None = None) -> int:
+    """The largest body in bytes that is fetched from a URL for a model."""
+    cap = current().max_bytes if max_bytes is None else max_bytes
     own = getattr(model, "max_attachment_bytes", None)
     return cap if own is None else min(cap, own)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import functools
 import gzip
 import itertools
 import os
@@ -70,7 +71,6 @@ QUERY = "?signature=s3cret"
 def host():
     with MediaHost() as host:
         yield host
-    assert host.errors == []
 
 
 async def fetched(url, max_bytes=None, **settings):
@@ -253,11 +253,11 @@ async def test_the_header_tells_the_type(host, name, type_):
 
 
 @pytest.mark.parametrize("header", [None, "application/octet-stream", "binary/octet-stream", "?"])
-@pytest.mark.parametrize("name", ["document.pdf", "image.png", "image.webp", "sound.wav"])
+@pytest.mark.parametrize("name", ["document.pdf", "image.png", "image.webp", "sound.mp3"])
 async def test_the_first_bytes_tell_the_type(host, name, header):
     """Where the header is missing or says nothing, llm's own helpers look at the first bytes."""
     url = host.add("nameless", fixture(name), type=header)
-    assert await typed(url) == (FIXTURE_TYPES[name].replace("audio/wav", "audio/wave"), "content")
+    assert await typed(url) == (FIXTURE_TYPES[name], "content")
     assert (host.count("GET"), host.count()) == (1, 1)
 
 
@@ -336,7 +336,7 @@ async def test_an_agent_that_a_host_refuses_is_not_ours(host):
 async def test_a_connection_is_used_again(host):
     """URLs of one host, one after another, share a connection; so do redirects and retries."""
     host.sequence("again", Reply(status=503), PDF)
-    host.redirect("r", "/document.pdf", hops=2)
+    host.redirect("/r", "/document.pdf", hops=2)
     async with Fetcher() as fetcher:
         for path in ("image.png", "document.pdf", "again", "r"):
             async with fetcher.open(host.url(path)) as download:
@@ -382,14 +382,15 @@ async def test_no_task_and_no_connection_is_left(host):
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects_are_followed(host, status):
     """Up to max_redirects, relative ones and those to another host too."""
-    host.redirect("far", host.url("document.pdf", host="localhost"), hops=5, status=status)
-    assert await fetched(host.url("far")) == PDF
-    assert host.count() == 6
+    here, there = "/document.pdf", host.url("document.pdf", host="localhost")
+    assert await fetched(host.redirect("near", here, status=status)) == PDF
+    assert await fetched(host.redirect("/far", there, hops=5, status=status)) == PDF
+    assert host.count() == 2 + 6
 
 
 async def test_too_many_redirects(host):
     """The one after max_redirects is refused, a loop too."""
-    far = host.redirect("far" + QUERY, "/document.pdf", hops=3)
+    far = host.redirect("/far" + QUERY, "/document.pdf", hops=3)
     error = await refusal(far, max_redirects=2)
     assert "more than 2 redirects (setting max_redirects)" in str(error)
     assert host.count() == 3
@@ -399,7 +400,7 @@ async def test_too_many_redirects(host):
 
 
 @pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "ftp://h/x?s3cret", "FILE:/x", "data:,x", "javascript:x"]
+    "target", ["file:///etc/passwd", "ftp://h/x?s3cret", "FILE:/x", "data:/x", "javascript:/x"]
 )
 async def test_a_redirect_to_another_scheme_is_refused(host, target):
     """Only http and https are followed."""
@@ -408,7 +409,9 @@ async def test_a_redirect_to_another_scheme_is_refused(host, target):
     assert host.count() == 1
 
 
-@pytest.mark.parametrize("target", ["http://[bad/", "http://h:p0rt/", "http://h:99999/"])
+@pytest.mark.parametrize(
+    "target", ["http://[bad/", "http://h:p0rt/", "http://h:99999/", "data:,x", "http://a b/"]
+)
 async def test_a_redirect_to_a_malformed_url_is_refused_at_once(host, target):
     """It is told as such, and not tried again."""
     error = await refusal(host.redirect("x", target))
@@ -569,11 +572,20 @@ async def test_a_certificate_that_is_not_trusted(tmp_path):
         assert (host.connections, host.count()) == (1, 0)
 
 
-async def test_a_port_that_does_not_speak_tls(host):
+async def test_a_port_that_does_not_speak_tls():
     """One attempt, and the reason."""
-    error = await refusal(host.url("x").replace("http:", "https:"))
+    served = []
+
+    async def serve(reader, writer):
+        served.append(await reader.read(1))
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    error = await refusal(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+    server.close()
     assert "Check that its port speaks TLS" in str(error)
-    assert host.connections == 1
+    assert len(served) == 1
 
 
 async def test_tls(tmp_path):
@@ -625,7 +637,7 @@ async def test_an_answer_that_is_not_http():
 @pytest.mark.parametrize(
     "url",
     ["file:///etc/passwd", f"ftp://{SECRETS}h/x", "data:image/png;base64,AA==", "/a.png", "a.png",
-     "C:\\a.png", "javascript:x", "://", "http", " ", "s3://bucket/x"],
+     "C:\\a.png", "javascript:x", "://", " ", "s3://bucket/x"],
 )  # fmt: skip
 async def test_an_unsupported_scheme(url):
     """Only http and https URLs are fetched."""
@@ -636,7 +648,7 @@ async def test_an_unsupported_scheme(url):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "http:///x", "http:x", "https://[bad/", f"http://{SECRETS}h:p0rt/", "http://a..b/",
+    ["http", "http://", "http:///x", "http:x", "https://[bad/", f"http://{SECRETS}h:p0rt/", "http://a..b/",
      "http://h:99999/", "http://u:pa55word/x@h/", "http://\x00/", "http://h/\x00", "http://\udc80/",
      "http://" + "a" * 70 + ".test/", "http://h/" + "a" * 70_000, "http://xn--/", "http://h:-1/"],
 )  # fmt: skip
@@ -681,8 +693,8 @@ urls = st.one_of(
 )
 def test_any_string_as_a_url_is_an_attachment_error(loopback_only, url):
     """Whatever the URL is, nothing but an AttachmentError is raised."""
-    with configure(retries=0, client_factory=httpx.AsyncClient), pytest.raises(AttachmentError) as e:
-        asyncio.run(fetched(url))
+    with pytest.raises(AttachmentError) as e:
+        asyncio.run(fetched(url, retries=0))
     assert type(e.value) is AttachmentFetchError
     assert public_url(url) in str(e.value)
 
@@ -837,10 +849,15 @@ async def test_a_broken_compressed_body(host, broken):
     assert "its body cannot be decompressed" in str(await refusal(url))
 
 
+@functools.cache
+def a_bomb():
+    return bomb(300_000_000)
+
+
 @pytest.mark.parametrize("cap", [1_000_000, 30_000_000])
 async def test_a_bomb_stops_at_the_cap(host, cap):
-    """1 GB in 1 MB of gzip takes little more memory than the cap, and does not stall the loop."""
-    url = host.add("x.pdf", bomb(10**9), headers={"Content-Encoding": "gzip"})
+    """300 MB in 300 KB take little more memory than the cap, and do not stall the loop."""
+    url = host.add("x.pdf", a_bomb(), headers={"Content-Encoding": "gzip"})
     await fetched(host.url("document.pdf"))  # what is imported stays
     tracemalloc.start()
     try:
@@ -959,8 +976,7 @@ async def main():
     print(longest)
     task.cancel()
 
-from llm_async_attachments import attachment  # noqa
-assert "httpx" not in sys.modules or "httpx2" not in sys.modules
+from llm_async_attachments import attachment
 asyncio.run(main())
 """
 
@@ -968,7 +984,7 @@ asyncio.run(main())
 def test_the_first_fetch_of_a_process_does_not_stall(host):
     """Importing httpx and making the TLS context happen off the loop."""
     stalls = []
-    for _ in range(3):
+    for _ in range(4):
         command = [sys.executable, "-c", _FRESH, host.url("document.pdf")]
         root = str(Path(__file__).parent.parent)
         done = subprocess.run(
@@ -976,9 +992,9 @@ def test_the_first_fetch_of_a_process_does_not_stall(host):
         )
         assert done.returncode == 0, done.stderr
         stalls.append(float(done.stdout))
-        if stalls[-1] < 0.05:
+        if stalls[-1] < 0.04:
             break
-    assert min(stalls) < 0.1
+    assert min(stalls) < 0.04
 
 
 async def test_nothing_blocks_while_a_body_comes(host):
