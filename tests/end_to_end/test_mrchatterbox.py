@@ -48,6 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.lm_head.weight.normal_()
         # <|endoftext|> is never among the 50 likeliest tokens: an answer does not end early.
         model.lm_head.weight[0] = 0
+    torch.set_num_threads(1)  # several wait for each other, spinning, when the machine is busy
     user_path = tmp_path_factory.mktemp("llm")
     directory = user_path / "mrchatterbox"
     weights = model.state_dict()
