@@ -12,9 +12,10 @@ from typing import Any
 
 import llm
 
+from .gates import Gate
 from .guard import open_scope
 from .instrumented import instrument, prepare_for
-from .threads import Gate, ProducerExit, stream
+from .threads import ProducerExit, stream
 
 # What llm declares on every model, and a plugin may set on its class or instance.
 _DECLARED = (

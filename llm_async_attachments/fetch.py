@@ -89,7 +89,8 @@ def public_url(url: str) -> str:
     host = authority.rpartition("@")[2]
     if slashes and not _HOST_AND_PORT.fullmatch(host):  # "user:secret/more@host", unescaped
         host, slash, path = "...", "", ""
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in scheme + slashes + host + slash + path)
+    shown = scheme + slashes + host + slash + path
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in shown)
     shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
     return f"{shown}?..." if "?" in url else shown
 
@@ -165,7 +166,8 @@ class Download:
     @property
     def header(self) -> str | None:
         """The Content-Type header as it came."""
-        return self._response.headers.get("content-type")
+        value: str | None = self._response.headers.get("content-type")
+        return value
 
     @property
     def length(self) -> int | None:
@@ -375,7 +377,8 @@ class Fetcher:
             else:
                 pause = max(pause, _retry_after(response))
                 retried = response.status_code in RETRIED_STATUSES and not last
-                if not retried or pause >= anyio.current_effective_deadline() - anyio.current_time():
+                left = anyio.current_effective_deadline() - anyio.current_time()
+                if not retried or pause >= left:
                     return await self._success(url, response)
                 await _discard(response)
             await anyio.sleep(pause)
@@ -476,7 +479,7 @@ def _new_client(settings: Settings) -> httpx.AsyncClient:
     )
     for transport in (client._transport, *client._mounts.values()):  # one for each proxy
         pool = getattr(transport, "_pool", None)
-        if hasattr(pool, "_network_backend"):
+        if pool is not None and hasattr(pool, "_network_backend"):
             pool._network_backend = _LargeReads(pool._network_backend)
     return client
 
@@ -499,8 +502,8 @@ class _LargeReads:
     async def start_tls(self, *args: Any, **kwargs: Any) -> _LargeReads:
         return _LargeReads(await self._inner.start_tls(*args, **kwargs))
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return await self._inner.read(max(max_bytes, PIECE_BYTES), timeout)  # type: ignore[no-any-return]
+    async def read(self, max_bytes: int, **kwargs: Any) -> Any:
+        return await self._inner.read(max(max_bytes, PIECE_BYTES), **kwargs)
 
 
 @lru_cache(maxsize=1)
@@ -513,7 +516,8 @@ def tls_context() -> ssl.SSLContext:
         import httpx2 as library
     except ImportError:
         import httpx as library  # type: ignore[no-redef]
-    return library.create_ssl_context()  # type: ignore[no-any-return]
+    context: ssl.SSLContext = library.create_ssl_context()
+    return context
 
 
 class _Deadline:
@@ -686,8 +690,8 @@ def size_of_path(path: str) -> int:
 
 def type_of_path(path: str) -> str | None:
     """The media type of a local file as llm finds it; blocking. Raises AttachmentFetchError."""
-    with file_errors(path):
-        return mimetype_from_path(path) or None if Path(path).stat().st_size else None
+    with file_errors(path), Path(path).open("rb") as file:
+        return mimetype_from_path(path) or None if file.read(1) else None
 
 
 class file_errors:
@@ -724,7 +728,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
 async def to_the_end(function: Callable[..., T], *args: Any) -> T:
     """Run a blocking function in a worker thread; a cancelled caller waits for it."""
-    # Shielding does not do it: a plain asyncio cancel() gets through, and leaves its thread at work.
+    # Shielding does not do it: a plain asyncio cancel() gets through and leaves its thread at work.
     task = asyncio.ensure_future(anyio.to_thread.run_sync(partial(function, *args)))
     try:
         return await asyncio.shield(task)

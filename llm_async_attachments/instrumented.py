@@ -127,11 +127,12 @@ class Execution:
         return self
 
     def __anext__(self) -> Awaitable[Any]:
-        if self._chunks is None:
+        chunks = self._chunks
+        if chunks is None:
             if self._failure is not None:
                 return _refuse(self._failure)
-            self._chunks = self._begin(weakref.ref(self))
-        return self._chunks.__anext__()
+            chunks = self._chunks = self._begin(weakref.ref(self))
+        return chunks.__anext__()
 
     async def aclose(self) -> None:
         if self._chunks is not None:

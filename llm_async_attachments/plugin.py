@@ -9,9 +9,12 @@ import click
 import llm
 
 
-@llm.hookimpl(wrapper=True)  # type: ignore[untyped-decorator, unused-ignore]
+@llm.hookimpl(wrapper=True, tryfirst=True)  # type: ignore[untyped-decorator, unused-ignore]
 def register_models(register: Any, model_aliases: list[Any]) -> Generator[None, Any, Any]:
-    """Convert sync-only models and instrument async ones, after every plugin has registered."""
+    """Convert sync-only models and instrument async ones, after every plugin has registered.
+
+    A wrapper runs after all that is none, and the first of the wrappers ends last.
+    """
     result = yield
     from .models import take_hold
 

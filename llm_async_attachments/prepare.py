@@ -17,7 +17,7 @@ from .attachment import PreparedAttachment, load, no_source
 from .errors import AttachmentTooLarge
 from .fetch import Fetcher, Shared, Source, in_thread, size_of_path, size_text
 from .guard import Scope, install, open_scope
-from .settings import Settings, current
+from .settings import current
 
 _WAITED_LONG = 1.0  # seconds after which a server may have given an unread answer up
 

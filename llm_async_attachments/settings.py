@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ Positive = Annotated[int, Ge(1)]
 Bytes = Annotated[ByteSize, Ge(0)]
 
 
+@lru_cache(maxsize=1)  # it reads a file
 def _user_agent() -> str:
     from importlib.metadata import version
 
@@ -124,7 +126,9 @@ class configure:  # a context manager that is used like a function
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _apply(self._before)
+        # Not read here: an environment that is malformed by now must not keep the overrides.
+        global _overrides, _settings
+        _overrides, _settings = self._before, None
 
 
 def _apply(overrides: dict[str, Any]) -> None:

@@ -224,7 +224,7 @@ def test_a_header_gives_a_bare_type_or_a_declared_one(header, declared):
     elif type_ is not None:
         assert type_ == type_.lower().strip()
         assert type_.count("/") == 1
-        assert not set(type_) & set("; \t\r\n,\"")
+        assert not set(type_) & set('; \t\r\n,"')
         assert type_ not in GENERIC_TYPES
         assert type_from_header(type_) == type_
 
@@ -530,7 +530,9 @@ async def test_retry_after_beyond_the_deadline_fails_at_once(host, value):
     assert host.count() == 1
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-1", "Wed, 99 Foo 2020", "Fri, 01 Jan 2010 00:00:00 GMT"])
+@pytest.mark.parametrize(
+    "value", ["", "soon", "-1", "Wed, 99 Foo 2020", "Fri, 01 Jan 2010 00:00:00 GMT"]
+)
 async def test_a_strange_retry_after_is_ignored(host, value):
     """The usual pause is made instead."""
     host.sequence("x", Reply(status=503, headers={"Retry-After": value}), PDF)
@@ -937,9 +939,7 @@ async def test_total_timeout_holds_for_the_head(host):
 async def test_retries_count_into_the_total(host):
     """A host that fails late, again and again, is given up at total_timeout."""
     started = time.perf_counter()
-    error = await refusal(
-        host.add("x", status=503, delay=0.2), retries=50, total_timeout=0.7
-    )
+    error = await refusal(host.add("x", status=503, delay=0.2), retries=50, total_timeout=0.7)
     assert error.status == 503 or "total_timeout" in str(error)
     assert time.perf_counter() - started < 3
     assert host.count() <= 3
@@ -1042,7 +1042,7 @@ async def test_a_proxy_of_the_environment_is_used(host, monkeypatch):
 
 
 def test_run_blocking_works_with_and_without_a_loop():
-    """A coroutine is run to its end in a thread that has a running loop, and in one that has not."""
+    """A coroutine is run to its end in a thread with a running loop, and in one without."""
 
     async def twice():
         with pytest.raises(ZeroDivisionError):

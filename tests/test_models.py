@@ -175,10 +175,6 @@ def test_last_hook(options):
         assert isinstance(llm.get_async_model("local-one"), Converted)
 
 
-@pytest.mark.xfail(
-    not llm_async_attachments.plugin.register_models.llm_impl["tryfirst"],
-    reason="the hook of plugin.py is not outermost: @llm.hookimpl(wrapper=True, tryfirst=True)",
-)
 def test_registered_by_a_hook_wrapper():
     "So is what a plugin registers after all others, in a hook wrapper."
 

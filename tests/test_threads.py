@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from pyleak import no_event_loop_blocking, no_task_leaks, no_thread_leaks
 
-from llm_async_attachments.threads import Gate, ProducerExit, stream
+from llm_async_attachments.gates import Gate
+from llm_async_attachments.threads import ProducerExit, stream
 
 pytestmark = pytest.mark.anyio
 

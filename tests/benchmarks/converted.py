@@ -97,7 +97,7 @@ def contenders() -> dict[str, Callable[[Any, Any], Any]]:
 
 
 class Cost:
-    """The least seconds per chunk seen: by the clock, and of the processor, all threads together."""
+    """The least seconds per chunk: by the clock, and of the processor in all threads together."""
 
     def __init__(self) -> None:
         self.clock = self.processor = float("inf")
