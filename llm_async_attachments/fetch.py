@@ -471,6 +471,8 @@ def _new_client(settings: Settings) -> httpx.AsyncClient:
         client = settings.client_factory()
         if not isinstance(client, httpx.AsyncClient):
             raise TypeError(f"client_factory gave {client!r}, not an httpx.AsyncClient")
+        if client.headers.get("User-Agent", "").startswith("python-httpx/"):  # some hosts refuse it
+            client.headers["User-Agent"] = settings.user_agent
         return client
     client = httpx.AsyncClient(
         verify=tls_context(),

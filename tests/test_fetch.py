@@ -722,10 +722,18 @@ async def test_an_error_of_the_caller_is_its_own(host):
 
 
 async def test_a_client_factory_keeps_to_the_settings(host):
-    """Its client waits as long as the settings say, and asks for no content encoding."""
-    with configure(client_factory=lambda: httpx.AsyncClient(timeout=0.001)):
-        assert await fetched(host.add("x", PDF, delay=0.1)) == PDF
-    assert host.requests[0].headers["accept-encoding"] == "identity"
+    """Its client waits as long as they say, wants no content encoding, and says who asks.
+
+    A User-Agent of its own is kept.
+    """
+    url = host.add("x", PDF, delay=0.1)
+    for headers in ({}, {"User-Agent": "mine"}):
+        with configure(client_factory=lambda h=headers: httpx.AsyncClient(timeout=0.01, headers=h)):
+            assert await fetched(url) == PDF
+    assert [r.headers["accept-encoding"] for r in host.requests] == ["identity"] * 2
+    agents = [r.headers["user-agent"] for r in host.requests]
+    assert agents[0].startswith("llm-async-attachments/")
+    assert agents[1] == "mine"
 
 
 # -- the cap ------------------------------------------------------------------------------------
