@@ -964,9 +964,23 @@ async def test_the_time_between_is_not_counted(host):
 # -- speed --------------------------------------------------------------------------------------
 
 _FRESH = """
-import asyncio, sys, time
-import llm
+import asyncio, ssl, sys, threading, time
 from llm_async_attachments import AsyncAttachment
+
+loop_thread = threading.get_ident()
+on_the_loop = []
+
+class Spy:
+    def find_spec(self, name, path=None, target=None):
+        note(name)
+
+def note(what):
+    if threading.get_ident() == loop_thread:
+        on_the_loop.append(what)
+
+def create_default_context(*args, create=ssl.create_default_context, **kwargs):
+    note("ssl.create_default_context")
+    return create(*args, **kwargs)
 
 async def main():
     longest = 0.0
@@ -976,33 +990,33 @@ async def main():
             before = time.perf_counter()
             await asyncio.sleep(0.001)
             longest = max(longest, time.perf_counter() - before)
+    attachments = [AsyncAttachment(url=f"{sys.argv[1]}?{n}") for n in range(8)]
     task = asyncio.create_task(beat())
     await asyncio.sleep(0.05)
-    attachments = [AsyncAttachment(url=f"{sys.argv[1]}?{n}") for n in range(8)]
     longest = 0.0
+    ssl.create_default_context = create_default_context
+    sys.meta_path.insert(0, Spy())
     await asyncio.gather(*(a.content_bytes() for a in attachments))
-    print(longest)
+    del sys.meta_path[0]
+    print(longest, *on_the_loop)
     task.cancel()
 
-from llm_async_attachments import attachment
 asyncio.run(main())
 """
 
 
 def test_the_first_fetch_of_a_process_does_not_stall(host):
     """Importing httpx and making the TLS context happen off the loop."""
+    command = [sys.executable, "-c", _FRESH, host.url("document.pdf")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     stalls = []
-    for _ in range(4):
-        command = [sys.executable, "-c", _FRESH, host.url("document.pdf")]
-        root = str(Path(__file__).parent.parent)
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
-        )
+    while len(stalls) < 4 and min(stalls, default=1) > 0.1:
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
-        stalls.append(float(done.stdout))
-        if stalls[-1] < 0.04:
-            break
-    assert min(stalls) < 0.04
+        longest, *on_the_loop = done.stdout.split()
+        assert on_the_loop == []
+        stalls.append(float(longest))
+    assert min(stalls) < 0.25  # mostly of the machine: 0.02 to 0.05 where nothing else runs
 
 
 async def test_nothing_blocks_while_a_body_comes(host):
