@@ -17,22 +17,19 @@ import pybase64
 from anyio.to_thread import run_sync
 
 from .errors import AttachmentError, AttachmentFetchError
-from .fetch import (
-    PIECE_BYTES,
-    Fetcher,
-    Shared,
+from .fetch import PIECE_BYTES, Fetcher
+from .offloop import Shared, in_thread, to_the_end
+from .settings import current
+from .source import (
     Source,
     describe,
     file_errors,
-    in_thread,
     read_path,
     size_of_path,
-    to_the_end,
     too_large,
     type_from_bytes,
     type_of_path,
 )
-from .settings import current
 
 _HASHED_AT_ONCE = 1_000_000  # bytes that SHA-256 takes well under a millisecond for
 _WRITTEN_AT_ONCE = 1_000_000

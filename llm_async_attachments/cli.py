@@ -186,7 +186,8 @@ class _Inspector:
     async def run(self, given: Sequence[str]) -> list[_Inspected]:
         import anyio
 
-        from .fetch import Fetcher, in_thread
+        from .fetch import Fetcher
+        from .offloop import in_thread
 
         if any("://" in name for name in given):
             await in_thread(_get_ready)
@@ -222,14 +223,15 @@ class _Inspector:
 
     def _look_at_stdin(self, one: _Inspected) -> None:
         from .errors import AttachmentError
-        from .fetch import type_from_bytes
+        from .source import type_from_bytes
 
         if not self.stdin:
             raise AttachmentError("Standard input is empty")
         self._note(one, type_from_bytes(self.stdin), "content", len(self.stdin))
 
     async def _look_at_path(self, one: _Inspected) -> None:
-        from .fetch import file_errors, in_thread, size_of_path, type_of_path
+        from .offloop import in_thread
+        from .source import file_errors, size_of_path, type_of_path
 
         def check() -> None:
             with file_errors(one.given):
@@ -271,7 +273,7 @@ class _Inspector:
         import anyio
 
         from .errors import AttachmentFetchError
-        from .fetch import public_url, too_large
+        from .source import public_url, too_large
 
         shown, size = public_url(download.url), download.length or 0
         with anyio.move_on_after(max(0.0, seconds)):
@@ -316,7 +318,7 @@ class _Inspector:
                     click.echo(f"\r{blank}\r", err=True, nl=False)
 
     def _progress(self, total: int) -> str:
-        from .fetch import size_text
+        from .source import size_text
 
         received = sum(download.received for download in self.reading)
         known = sum(download.length or download.received for download in self.reading)
@@ -337,7 +339,7 @@ def _get_ready() -> None:
 
 def _inspect_lines(found: list[_Inspected], model: Any) -> list[str]:
     """One row for each attachment, whose name comes last as it may be long."""
-    from .fetch import public_url, size_text
+    from .source import public_url, size_text
 
     words = {"content": "first bytes"}
     with_model = [f"With {model.model_id}"] if model is not None else []
@@ -409,7 +411,7 @@ def _plain(value: Any) -> Any:
 def _value_text(value: Any) -> str:
     from pydantic import ByteSize
 
-    from .fetch import size_text
+    from .source import size_text
 
     if isinstance(value, ByteSize):
         return f"{size_text(value)} ({int(value)} bytes)" if value >= 1000 else f"{value} bytes"
@@ -492,7 +494,7 @@ def _converted_by(async_model: Any) -> str | None:
 
 
 def _model_lines(facts: list[dict[str, Any]]) -> list[str]:
-    from .fetch import size_text
+    from .source import size_text
 
     rows = [["Model", "Async", "Takes", "By URL", "Cap"]]
     for fact in facts:

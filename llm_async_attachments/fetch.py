@@ -2,144 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import errno
 import io
-import re
 import socket
 import ssl
-import threading
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from email.utils import parsedate_to_datetime
-from functools import lru_cache, partial
-from mimetypes import MimeTypes
-from pathlib import Path
+from functools import lru_cache
 from time import time
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio._backends._asyncio  # anyio would load it at its first use, which is on the loop
 import anyio.abc
 import anyio.streams.tls
-import anyio.to_thread
-import llm
 from anyio.lowlevel import checkpoint
-from llm.utils import mimetype_from_path, mimetype_from_string
 
-from .errors import AttachmentError, AttachmentFetchError, AttachmentTooLarge
+from .errors import AttachmentError, AttachmentFetchError
+from .offloop import in_thread
 from .settings import Settings, current
+from .source import (
+    GENERIC_TYPES,
+    HEAD_BYTES,
+    public_url,
+    too_large,
+    type_from_bytes,
+    type_from_header,
+    type_from_url,
+)
 
 if TYPE_CHECKING:
     import httpx  # at run time it is imported in a worker thread, see `tls_context()`
 
-T = TypeVar("T")
-
-HEAD_BYTES = 36_870  # as much as puremagic looks at
 PIECE_BYTES = 256 * 1024
-_INFLATED_AT_ONCE = 16 * 1024  # compressed bytes: a thousand gzip members at most
-GENERIC_TYPES = ("application/octet-stream", "binary/octet-stream")
 RETRIED_STATUSES = (429, 502, 503, 504)
-
-_HOST_AND_PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
-_TOKEN = r"[\w!#$%&'*+.^`|~-]+"  # RFC 9110, 5.6.2
-_MEDIA_TYPE = re.compile(f"{_TOKEN}/{_TOKEN}", re.ASCII)
-
-# The types known to Python; `mimetypes.guess_type()` would read files of the system, on the loop.
-_extensions = MimeTypes()
-
-
-# -- which attachment ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an attachment's bytes are: its content, its path or its URL. Equal sources are one."""
-
-    kind: str
-    place: str | int
-
-    @classmethod
-    def of(cls, attachment: llm.Attachment) -> Source | None:
-        """The source that llm itself would read, None where the attachment has none."""
-        if attachment.content:
-            return cls("content", id(attachment.content))
-        if attachment.path:
-            return cls("path", str(attachment.path))
-        return cls("url", attachment.url) if attachment.url else None
-
-
-def describe(attachment: Any) -> str:
-    """Which attachment, for people: without the secrets that a URL may carry."""
-    if attachment.content:
-        return f"the attachment given as content ({size_text(len(attachment.content))})"
-    if attachment.path:
-        return f"the attachment {attachment.path}"
-    return f"the attachment {public_url(attachment.url)}" if attachment.url else "an attachment"
-
-
-def public_url(url: str) -> str:
-    """A URL without user, password, query and fragment: pre-signed ones carry their key there."""
-    # Not with urlsplit(), which refuses what is malformed: that may have secrets too.
-    scheme, slashes, rest = re.split("[?#]", url, maxsplit=1)[0].partition("//")
-    authority, slash, path = rest.partition("/")
-    host = authority.rpartition("@")[2]
-    if slashes and not _HOST_AND_PORT.fullmatch(host):  # "user:secret/more@host", unescaped
-        host, slash, path = "...", "", ""
-    shown = scheme + slashes + host + slash + path
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in shown)
-    shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
-    return f"{shown}?..." if "?" in url else shown
-
-
-def size_text(size: int) -> str:
-    """A number of bytes, for people: `1.2 MB`."""
-    if size < 1000:
-        return f"{size} bytes"
-    for unit, factor in (("kB", 1e3), ("MB", 1e6)):
-        if size < factor * 1000:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size / 1e9:.3g} GB"
-
-
-# -- which type ---------------------------------------------------------------------------------
-
-
-def type_from_header(value: str | None, declared: Collection[str] = ()) -> str | None:
-    """The media type of a Content-Type header, None where it says nothing.
-
-    Models compare types as exact strings: a header that the model declares as it stands is kept,
-    any other loses its parameters.
-    """
-    if not value:
-        return None
-    if (value := value.strip()) in declared:
-        return value
-    essence = value.partition(";")[0].strip().lower()
-    if essence in GENERIC_TYPES or not _MEDIA_TYPE.fullmatch(essence):
-        return None
-    return essence
-
-
-def type_from_bytes(head: bytes) -> str | None:
-    """The media type of a file that begins with these bytes, None where they do not tell."""
-    media_type: Any = mimetype_from_string(head) if head else None
-    return str(media_type) if media_type else None
-
-
-def type_from_url(url: str) -> str | None:
-    """The media type that the extension of a URL's path stands for."""
-    try:
-        path: str = urlsplit(url).path
-        return _extensions.guess_type(path)[0]
-    except ValueError:
-        return None
-
-
-# -- one URL ------------------------------------------------------------------------------------
+_INFLATED_AT_ONCE = 16 * 1024  # compressed bytes: a thousand gzip members at most
 
 
 class Download:
@@ -660,128 +558,3 @@ def _status_advice(status: int, retry_after: float) -> str:
     if status in RETRIED_STATUSES or status >= 500:
         return f"Try again in {retry_after:.0f} s" if retry_after >= 1 else "Try again later"
     return "Check the URL, or download it yourself and give content="
-
-
-def too_large(shown: str, size: int, max_bytes: int, *, known: bool = True) -> AttachmentTooLarge:
-    """The refusal of a body over the cap, with the ways out of llm issue 1143."""
-    amount = size_text(size) if known else f"more than {size_text(max_bytes)}"
-    return AttachmentTooLarge(
-        f"{shown} is too large: {amount}, the cap is {size_text(max_bytes)}. Use a model that "
-        "takes attachments by URL, raise the cap (setting max_bytes, or max_attachment_bytes of "
-        "the model), or save it to a file with AsyncAttachment.save()",
-        attachment=shown,
-        size=size if known else None,
-        max_bytes=max_bytes,
-    )
-
-
-# -- one path -----------------------------------------------------------------------------------
-
-
-def read_path(path: str) -> bytes:
-    """The bytes of a local file; blocking. Raises AttachmentFetchError."""
-    with file_errors(path):
-        return Path(path).read_bytes()
-
-
-def size_of_path(path: str) -> int:
-    """The size of a local file; blocking. Raises AttachmentFetchError."""
-    with file_errors(path):
-        return Path(path).stat().st_size
-
-
-def type_of_path(path: str) -> str | None:
-    """The media type of a local file as llm finds it; blocking. Raises AttachmentFetchError."""
-    with file_errors(path), Path(path).open("rb") as file:
-        return mimetype_from_path(path) or None if file.read(1) else None
-
-
-class file_errors:
-    """Turns what is wrong with a path into an AttachmentFetchError."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # puremagic raises ValueError for a file that it finds empty, and for embedded null bytes
-        # Path does
-        if isinstance(error, (OSError, ValueError)):
-            code = error.errno if isinstance(error, OSError) else None
-            advice = {
-                errno.ENOENT: "there is no such file. Check path=",
-                errno.EISDIR: "it is a directory. Give the path of a file",
-                errno.EACCES: "it may not be read. Check its permissions",
-            }.get(code or 0, f"{getattr(error, 'strerror', None) or error}. Check path=")
-            raise AttachmentFetchError(
-                f"Could not read {self._path}: {advice}", attachment=self._path
-            ) from error
-
-
-# -- off the loop, and back ---------------------------------------------------------------------
-
-
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a blocking function in a worker thread; a cancelled caller does not wait for it."""
-    return await anyio.to_thread.run_sync(partial(function, *args), abandon_on_cancel=True)
-
-
-async def to_the_end(function: Callable[..., T], *args: Any) -> T:
-    """Run a blocking function in a worker thread; a cancelled caller waits for it."""
-    # Shielding does not do it: a plain asyncio cancel() gets through and leaves its thread at work.
-    task = asyncio.ensure_future(anyio.to_thread.run_sync(partial(function, *args)))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([task])
-        raise
-
-
-def run_blocking(start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine to its end and block this thread for it, whatever runs in it.
-
-    Not on the loop of the preparation that asks: that loop may itself be waiting for this thread.
-    """
-    if asyncio._get_running_loop() is None:
-        return asyncio.run(start())
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome[:] = [asyncio.run(start()), None]
-        except BaseException as error:  # raised again in the thread that waits
-            outcome[:] = [None, error]
-
-    thread = threading.Thread(target=run, name="llm-async-attachments fetch", daemon=True)
-    thread.start()
-    thread.join()
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
-
-
-class Shared(Generic[T]):
-    """One run of a coroutine for many awaiters; it ends when the last of them leaves."""
-
-    def __init__(self, start: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        self._task = asyncio.get_running_loop().create_task(start())
-        self._awaiters = 0
-
-    @property
-    def done(self) -> bool:
-        return self._task.done() or self._task.get_loop() is not asyncio.get_running_loop()
-
-    async def wait(self) -> T:
-        self._awaiters += 1
-        try:
-            return await asyncio.shield(self._task)
-        finally:
-            self._awaiters -= 1
-            if not self._awaiters and not self._task.done():
-                self._task.cancel()
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait([self._task])

@@ -62,7 +62,7 @@ class Scope:
 
     def refuse(self, attachment: llm.Attachment) -> None:
         """Raise BlockingFetchError, log it, or be silent, as the setting `guard` says."""
-        from .fetch import describe
+        from .source import describe
 
         shown = describe(attachment)
         inside = f"execute() of {self.model}" if self.model is not None else "async code"
@@ -140,7 +140,7 @@ def _resolve_type(self: llm.Attachment) -> Any:
     if (scope := _scope()) is None:
         return _llms_own["resolve_type"](self)
     if self.content and scope.get(self) is None:
-        from .fetch import type_from_bytes
+        from .source import type_from_bytes
 
         return type_from_bytes(self.content)  # llm would ask a path or URL beside it first
     return _answer(scope, self, body=False).resolve_type()
@@ -183,7 +183,7 @@ def _answer(scope: Scope, attachment: llm.Attachment, *, body: bool) -> Prepared
 
 
 def _demand(scope: Scope, attachment: llm.Attachment, *, body: bool) -> PreparedAttachment:
-    from .fetch import run_blocking
+    from .offloop import run_blocking
 
     if scope.blocks():
         if bridge.reachable():

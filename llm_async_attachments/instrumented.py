@@ -261,8 +261,13 @@ async def _get_prepare_module() -> Any:
     """The module `prepare`; what it imports takes tens of milliseconds, which a thread spends."""
     global _prepare_module
     if _prepare_module is None:
-        _prepare_module = await asyncio.to_thread(importlib.import_module, f"{__package__}.prepare")
+        _prepare_module = await asyncio.to_thread(_import_prepare)
     return _prepare_module
+
+
+def _import_prepare() -> Any:
+    bridge.available()  # imports greenlet
+    return importlib.import_module(f"{__package__}.prepare")
 
 
 # -- attachment types, checked when they are known ----------------------------------------------

@@ -32,22 +32,7 @@ from llm_async_attachments import (
     AttachmentTooLarge,
     configure,
 )
-from llm_async_attachments.fetch import (
-    GENERIC_TYPES,
-    HEAD_BYTES,
-    PIECE_BYTES,
-    Fetcher,
-    Shared,
-    Source,
-    describe,
-    public_url,
-    run_blocking,
-    size_text,
-    to_the_end,
-    type_from_bytes,
-    type_from_header,
-    type_from_url,
-)
+from llm_async_attachments.fetch import PIECE_BYTES, Fetcher
 from llm_async_attachments.loopback import (
     FIXTURE_TYPES,
     Generated,
@@ -58,6 +43,18 @@ from llm_async_attachments.loopback import (
     fixture,
     gzipped,
     self_signed,
+)
+from llm_async_attachments.offloop import Shared, run_blocking, to_the_end
+from llm_async_attachments.source import (
+    GENERIC_TYPES,
+    HEAD_BYTES,
+    Source,
+    describe,
+    public_url,
+    size_text,
+    type_from_bytes,
+    type_from_header,
+    type_from_url,
 )
 
 pytestmark = pytest.mark.anyio

@@ -22,10 +22,10 @@ from llm_async_attachments import (
     prepare_attachments,
     to_async,
 )
-from llm_async_attachments.fetch import Source
+from llm_async_attachments.admission import Admission
 from llm_async_attachments.loopback import Generated, fixture
 from llm_async_attachments.memory import Budget, Cache
-from llm_async_attachments.prepare import _Admission
+from llm_async_attachments.source import Source
 
 pytestmark = pytest.mark.anyio
 
@@ -337,7 +337,7 @@ async def test_an_unknown_length_counts_as_the_cap_until_it_is_known(media_host)
 async def test_unknown_lengths_are_let_in_as_far_as_they_surely_fit():
     """Bodies of unknown size come in one after another where two caps would not fit."""
     one, two, three = (Source("url", f"http://h/{n}") for n in range(3))
-    admission = _Admission()
+    admission = Admission()
     with configure(memory_budget=4_000):
         await admission.start(dict.fromkeys([one, two, three]), 3_000, 16, nested=False)
         await within(admission.admit(one, None))
