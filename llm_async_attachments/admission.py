@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
+from collections.abc import Callable
 
 import anyio
 
@@ -10,7 +13,15 @@ from . import memory
 from .errors import AttachmentTooLarge
 from .source import Source, size_text
 
+# Tasks whose preparations are lent, and how many: what such a task prompts goes first, because it
+# has to end before the bytes that others wait for are given back.
+_lenders: weakref.WeakKeyDictionary[asyncio.Task[object], int] = weakref.WeakKeyDictionary()
+
+OPEN_AT_MOST = 64  # answers of one prompt that wait to be read: each is an open connection
 WAITED_LONG = 1.0  # seconds after which a server may have given up an answer that nobody read
+
+
+Aside = contextlib.AbstractAsyncContextManager[None]
 
 
 class Admission:
@@ -23,28 +34,30 @@ class Admission:
     def __init__(self) -> None:
         self._sizes: dict[Source, int | None] = {}
         self._cap = 0
-        self._at_once = 1
         self._reserved = 0
         self._extra = 0
+        self._released = False
         self._parked: set[Source] = set()
         self._ended: set[Source] = set()
         self._known = asyncio.Event()
         self._granted = asyncio.Event()
         self._holds_sizing = False
+        self._first = False
         self._lent = 0
+        self._lender: Callable[[], asyncio.Task[object] | None] = lambda: None
         self._reading: set[Source] = set()  # of those of unknown size
         self._settled = asyncio.Event()
 
-    async def start(
-        self, sizes: dict[Source, int | None], cap: int, at_once: int, *, nested: bool
-    ) -> None:
+    async def start(self, sizes: dict[Source, int | None], cap: int, *, nested: bool) -> None:
         """Begin with what is known of the sizes in bytes. At best there is room at once."""
-        self._sizes, self._cap, self._at_once = sizes, cap, at_once
+        self._sizes, self._cap = sizes, cap
         self._check()
         if nested:
             memory.budget.take(self._needed())
         elif not memory.budget.try_take(self._needed()):
-            await memory.sizing.wait_for(1)
+            task = _current_task()
+            self._first = task is not None and _lenders.get(task, 0) > 0
+            await memory.sizing.wait_for(1, first=self._first)
             self._holds_sizing = True
             return
         self._reserved = self._needed()
@@ -57,13 +70,15 @@ class Admission:
         await self._known.wait()
         self._check()
         needed = self._needed()
-        await memory.budget.wait_for(needed)
+        await memory.budget.wait_for(needed, first=self._first)
         self._reserved = needed
         self._leave_sizing()
         self._granted.set()
 
-    async def admit(self, source: Source, size: int | None) -> bool:
-        """Wait until the bytes of a source may come.
+    async def admit(
+        self, source: Source, size: int | None, aside: Callable[[], Aside] = contextlib.nullcontext
+    ) -> bool:
+        """Wait until the bytes of a source may come, in the context `aside()` if it takes time.
 
         True if it took so long that a server may have given up an answer that nobody read.
         """
@@ -73,7 +88,8 @@ class Admission:
         if not self._granted.is_set():
             self._parked.add(source)
             self._announce()
-            await self._granted.wait()
+            async with aside():
+                await self._granted.wait()
         if size is None and source not in self._reading:
             await self._room_for_unknown(source)
         self._check()
@@ -106,20 +122,29 @@ class Admission:
         """Count bytes that are there anyway, over the budget if need be."""
         memory.budget.take(amount)
         self._extra += amount
+        if self._released:  # a thread's demand that outlasts its preparation
+            self.release()
 
     def lend(self) -> None:
         """Say that whoever holds these bytes does nothing with them for now."""
         if not self._lent and (amount := self._reserved + self._extra):
             self._lent = amount
             memory.budget.lend(amount)
+            if task := _current_task():
+                self._lender = weakref.ref(task)
+                _lenders[task] = _lenders.get(task, 0) + 1
 
     def end_lending(self) -> None:
         if self._lent:
             amount, self._lent = self._lent, 0
             memory.budget.lend(-amount)
+            if task := self._lender():
+                _lenders[task] -= 1
+                self._lender = lambda: None
 
     def release(self) -> None:
         """Give everything back."""
+        self._released = True
         self.end_lending()
         amount = self._reserved + self._extra
         self._reserved = self._extra = 0
@@ -129,7 +154,7 @@ class Admission:
 
     def _announce(self) -> None:
         urls = sum(source.kind == "url" for source in self._parked)
-        if urls >= self._at_once or len(self._parked) + len(self._ended) == len(self._sizes):
+        if urls >= OPEN_AT_MOST or len(self._parked) + len(self._ended) == len(self._sizes):
             self._known.set()
 
     def _needed(self) -> int:
@@ -165,6 +190,12 @@ class Admission:
         if self._holds_sizing:
             self._holds_sizing = False
             memory.sizing.give_back(1)
+
+
+def _current_task() -> asyncio.Task[object] | None:
+    with contextlib.suppress(RuntimeError):  # no running loop
+        return asyncio.current_task()
+    return None
 
 
 def release_soon(admission: Admission, loop: asyncio.AbstractEventLoop | None) -> None:

@@ -34,7 +34,7 @@ from .source import (
 _HASHED_AT_ONCE = 1_000_000  # bytes that SHA-256 takes well under a millisecond for
 _WRITTEN_AT_ONCE = 1_000_000
 
-Admit = Callable[["int | None"], Awaitable[bool]]
+Admit = Callable[..., Awaitable[bool]]  # see Admission.admit()
 
 
 class PreparedAttachment(llm.Attachment):
@@ -91,7 +91,7 @@ class PreparedAttachment(llm.Attachment):
 
     def id(self) -> str:
         """The id that llm's logs use: a hash of the bytes, or of the URL where there is one."""
-        if self._id is None and self.path and not self.content and self._data is not None:
+        if self._id is None and self._data is not None and (self.content or self.path):
             self._id = hashlib.sha256(self._data).hexdigest()
         return cast(str, _untyped(super()).id())
 
@@ -154,14 +154,16 @@ async def _load_url(
 ) -> PreparedAttachment:
     waited = False
     while True:
-        async with fetcher.open(attachment.url) as download:
+        async with fetcher.open(str(attachment.url)) as download:
             type_, type_from = attachment.type, "given"
             if not type_:
                 type_, type_from = await download.resolve_type(declared)
             data = None
             if wants(type_):
                 download.check_size()
-                first, waited = not waited, admit is not None and await admit(download.length)
+                first, waited = not waited, False
+                if admit:
+                    waited = await admit(download.length, download.aside)
                 try:
                     data = await download.read()
                 except AttachmentFetchError:

@@ -231,14 +231,9 @@ class _Inspector:
 
     async def _look_at_path(self, one: _Inspected) -> None:
         from .offloop import in_thread
-        from .source import file_errors, size_of_path, type_of_path
-
-        def check() -> None:
-            with file_errors(one.given):
-                open(one.given, "rb").close()  # a directory has a size, too
+        from .source import size_of_path, type_of_path
 
         size = await in_thread(size_of_path, one.given)
-        await in_thread(check)
         self._note(one, await in_thread(type_of_path, one.given), "path", size)
 
     async def _look_at_url(self, one: _Inspected, fetcher: Fetcher, began: float) -> None:
@@ -307,15 +302,17 @@ class _Inspector:
                     width = shutil.get_terminal_size().columns - 1
                     click.echo(f"\r{self._progress(total)[:width]:<{width}}", err=True, nl=False)
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(show)
-            try:
-                yield
-            finally:
-                tasks.cancel_scope.cancel()
-                if self.reading:
-                    blank = " " * (shutil.get_terminal_size().columns - 1)
-                    click.echo(f"\r{blank}\r", err=True, nl=False)
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(show)
+                try:
+                    yield
+                finally:
+                    tasks.cancel_scope.cancel()
+        finally:  # not before `show()` has ended: it may have had its turn coming
+            if self.reading:
+                blank = " " * (shutil.get_terminal_size().columns - 1)
+                click.echo(f"\r{blank}\r", err=True, nl=False)
 
     def _progress(self, total: int) -> str:
         from .source import size_text

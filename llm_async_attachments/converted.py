@@ -7,7 +7,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import Any
 
 import llm
@@ -15,7 +15,8 @@ import llm
 from .gates import Gate
 from .guard import open_scope
 from .instrumented import instrument, prepare_for
-from .threads import ProducerExit, stream
+from .threads import Pipe, ProducerExit, start
+from .twins import Arrival, finished_response, sync_conversation, sync_response, weakly
 
 # What llm declares on every model, and a plugin may set on its class or instance.
 _DECLARED = (
@@ -114,15 +115,16 @@ class Converted:
             arguments.clear()  # the response among them holds this generator
             preparation.busy()
             lent = preparation.carries
-            async with run.chunks() as chunks:
-                async for chunk in chunks:
+            with run.filling_the_response(), await run.start() as pipe:
+                while await pipe.more():
                     begun = True
-                    if lent:
-                        preparation.idle()
-                        yield chunk
-                        preparation.busy()
-                    else:
-                        yield chunk
+                    for chunk in pipe.take():
+                        if lent:
+                            preparation.idle()
+                            yield chunk
+                            preparation.busy()
+                        else:
+                            yield chunk
             preparation.succeeded()
         except BaseException as error:
             if (failed := execution()) is not None:
@@ -167,9 +169,10 @@ async def _unprepared_chunks(
 ) -> AsyncGenerator[Any, None]:
     """What `execute()` gives to who calls it on the class, past the preparation."""
     run = _Run(model.acting_model(), open_scope.get(), *arguments, **key)
-    async with run.chunks() as chunks:
-        async for chunk in chunks:
-            yield chunk
+    with run.filling_the_response(), await run.start() as pipe:
+        while await pipe.more():
+            for chunk in pipe.take():
+                yield chunk
 
 
 def convert(sync_model: llm.Model | llm.KeyModel) -> Any:
@@ -202,21 +205,23 @@ class _Run:
         self._scope = scope
         self._stream = stream
         self._key = key
-        self._conversation = _sync_conversation(model, conversation)
-        self._response = _sync_response(model, prompt, stream, response, self._conversation)
-        self._asked_for = _weakly(response)
-        self._arrivals = [_Arrival(self._response, response)]
+        self._conversation = sync_conversation(model, conversation)
+        self._response = sync_response(model, prompt, stream, response, self._conversation)
+        self._asked_for = weakly(response)
+        self._arrivals = [Arrival(self._response, response)]
         if conversation is not None:
-            self._arrivals.append(_Arrival(self._conversation, conversation))
+            self._arrivals.append(Arrival(self._conversation, conversation))
 
-    @contextlib.asynccontextmanager
-    async def chunks(self) -> AsyncIterator[AsyncGenerator[Any, None]]:
-        """What the model yields; in the end, what it made of its response arrives."""
+    async def start(self) -> Pipe[Any]:
+        """Have the model run, once it is its turn; gives what it yields."""
         name = f"{self._model.model_id} (llm-async-attachments)"
-        chunks = stream(self._produce, gates=_gates_of(self._model), name=name)
+        return await start(self._produce, gates=_gates_of(self._model), name=name)
+
+    @contextlib.contextmanager
+    def filling_the_response(self) -> Iterator[None]:
+        """In the end, what the model made of its response arrives."""
         try:
-            async with contextlib.aclosing(chunks):
-                yield chunks
+            yield
             self._pass_callbacks_on()
         except ProducerExit as error:
             raise llm.ModelError(_no_error_of_a_prompt(self._model, error)) from error.__cause__
@@ -230,7 +235,7 @@ class _Run:
             self._asked_for().done_callbacks.append(functools.partial(self._call, callback))
 
     def _call(self, callback: Callable[[Any], Any], response: Any) -> None:
-        callback(_finished_response(self._model, response, self._conversation))
+        callback(finished_response(self._model, response, self._conversation))
 
     def _produce(self) -> Iterable[Any]:
         open_scope.set(self._scope)  # for the whole thread: it has a context of its own
@@ -249,116 +254,6 @@ def _no_error_of_a_prompt(model: Any, error: ProducerExit) -> str:
     return f"{model} raised {type(cause).__name__}, which is no error of one prompt{text}"
 
 
-def _sync_conversation(model: Any, conversation: Any) -> Any:
-    """The conversation as a sync model expects it: its responses answer `.text()`."""
-    if conversation is None:
-        return None
-    twin = _twin(conversation, llm.Conversation, model)
-    twin.responses = [
-        _finished_response(model, response, twin) for response in conversation.responses
-    ]
-    return twin
-
-
-def _finished_response(model: Any, response: Any, conversation: Any) -> Any:
-    if not isinstance(response, llm.AsyncResponse):
-        return response
-    twin = _twin(response, llm.Response, model)
-    twin.conversation = conversation
-    twin.prompt = _sync_prompt(model, response.prompt)
-    return twin
-
-
-def _sync_response(model: Any, prompt: Any, stream: bool, response: Any, conversation: Any) -> Any:
-    """The response that the sync model fills."""
-    sync_response = llm.Response(
-        _sync_prompt(model, prompt),
-        model,
-        stream,
-        conversation=conversation,
-        key=getattr(response, "_key", None),
-    )
-    for name in ("id", "_start", "_start_utcnow"):
-        setattr(sync_response, name, getattr(response, name, getattr(sync_response, name)))
-    return sync_response
-
-
-def _sync_prompt(model: Any, prompt: Any) -> Any:
-    twin = copy.copy(prompt)
-    twin.model = model
-    return twin
-
-
-def _twin(original: Any, cls: type, model: Any) -> Any:
-    """The sync counterpart of an async llm object: its state, under the sync class."""
-    twin: Any = object.__new__(cls)
-    vars(twin).update(vars(original), model=model)
-    for name in ("before_call", "after_call"):  # of an async object, these are to be awaited
-        if name in vars(twin):
-            vars(twin)[name] = None
-    if "done_callbacks" in vars(twin):
-        vars(twin)["done_callbacks"] = []
-    vars(twin).pop("_generator", None)
-    return twin
-
-
-class _Arrival:
-    """Carries what a model sets on a sync object over to the async one that it stands for."""
-
-    # llm's own bookkeeping, which the async object does for itself
-    _LLMS_OWN = frozenset(
-        (
-            "prompt",
-            "model",
-            "stream",
-            "conversation",
-            "responses",
-            "before_call",
-            "after_call",
-            "done_callbacks",
-            "_key",
-            "_chunks",
-            "_stream_events",
-            "_done",
-            "_start",
-            "_end",
-            "_start_utcnow",
-        )
-    )
-
-    def __init__(self, sync_object: Any, async_object: Any) -> None:
-        self._sync = sync_object
-        self._before = {name: _copied(value) for name, value in vars(sync_object).items()}
-        self._async = _weakly(async_object)
-
-    def carry(self) -> None:
-        target = self._async()
-        if target is None:
-            return
-        for name, value in dict(vars(self._sync)).items():
-            if name in self._LLMS_OWN or name.startswith("_auto_"):
-                continue
-            if name not in self._before or not _unchanged(self._before[name], value):
-                setattr(target, name, value)
-
-
-def _weakly(x: Any) -> Callable[[], Any]:
-    try:
-        return weakref.ref(x)
-    except TypeError:
-        return lambda: x
-
-
-def _copied(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, list) else value
-
-
-def _unchanged(before: Any, value: Any) -> bool:
-    if isinstance(before, list) and isinstance(value, list):
-        return len(before) == len(value) and all(a is b for a, b in zip(before, value, strict=True))
-    return before is value
-
-
 # -- how many at once ---------------------------------------------------------------------------
 
 
@@ -375,7 +270,11 @@ def concurrency(model: Any) -> int:
     if (by_id := settings.async_concurrency.get(model.model_id)) is not None:
         return by_id
     if (declared := getattr(model, "async_concurrency", None)) is not None:
-        return int(declared)
+        if not isinstance(declared, int) or declared < 1:
+            raise ValueError(
+                f"async_concurrency of {model} is {declared!r}: not a whole number over 0"
+            )
+        return declared
     return settings.max_threads if _uses_key(model) else 1
 
 

@@ -50,6 +50,7 @@ class Download:
         max_bytes: int | None,
         deadline: _Deadline,
         explained: _explained,
+        slot: _Slot,
     ) -> None:
         self.url = url
         self.max_bytes = max_bytes
@@ -57,6 +58,7 @@ class Download:
         self._response = response
         self._deadline = deadline
         self._explained = explained
+        self._slot = slot
         self._pieces = self._decoded()
         self._head = bytearray()
         self._size = 0
@@ -115,11 +117,16 @@ class Download:
     async def read(self) -> bytes:
         """The whole body, in what is left of `total_timeout`."""
         # getvalue() of a BytesIO hands its buffer over; joining pieces would hold the body twice
-        # and stall the loop at the end.
-        buffer = io.BytesIO()
+        # and stall the loop at the end. A buffer that has to grow is copied over and over and
+        # leaves holes in the heap; zeros that calloc() gives take no memory before they are
+        # written over. Nobody else may refer to them, or the BytesIO would copy them first.
+        self.check_size()
+        known = 0 if self.max_bytes is None else self.length or 0
+        buffer = io.BytesIO(bytes(known))
         with self._deadline:
             async for piece in self.pieces():
                 buffer.write(piece)
+        buffer.truncate()
         return buffer.getvalue()
 
     def check_size(self) -> None:
@@ -127,6 +134,13 @@ class Download:
         size = max(self._size, self.length or 0)
         if self.max_bytes is not None and size > self.max_bytes:
             raise too_large(public_url(self.url), size, self.max_bytes, known=size == self.length)
+
+    @contextlib.asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """While this one waits, its body unread, another fetch may begin in its place."""
+        self._slot.release()
+        yield
+        await self._slot.acquire()
 
     async def aclose(self) -> None:
         try:
@@ -150,6 +164,30 @@ class Download:
                             yield piece
                         await checkpoint()  # a small piece can hold a very large one
                 decoder.finish()
+
+
+class _Slot:
+    """One of the fetches at once, which may be given up for a while."""
+
+    def __init__(self, slots: anyio.Semaphore) -> None:
+        self._slots = slots
+        self._held = False
+
+    async def __aenter__(self) -> _Slot:
+        await self.acquire()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+
+    async def acquire(self) -> None:
+        await self._slots.acquire()
+        self._held = True
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._slots.release()
 
 
 class _Decoder:
@@ -238,12 +276,12 @@ class Fetcher:
         Raises AttachmentFetchError or AttachmentTooLarge.
         """
         self._check(url)
-        async with self._slots:
+        async with _Slot(self._slots) as slot:
             deadline = _Deadline(url, self.settings.total_timeout)
             explained = _explained(url, self.settings)
             with explained, deadline:
                 response = await self._answer(url)
-            download = Download(url, response, self.max_bytes, deadline, explained)
+            download = Download(url, response, self.max_bytes, deadline, explained, slot)
             try:
                 yield download
             finally:
@@ -375,7 +413,7 @@ def _new_client(settings: Settings) -> httpx.AsyncClient:
     client = httpx.AsyncClient(
         verify=tls_context(),
         headers={"User-Agent": settings.user_agent},
-        limits=httpx.Limits(max_connections=settings.max_concurrent_fetches),
+        limits=httpx.Limits(max_connections=None),  # `Fetcher` has its own, as any client
     )
     for transport in (client._transport, *client._mounts.values()):  # one for each proxy
         pool = getattr(transport, "_pool", None)

@@ -67,8 +67,8 @@ class Scope:
         shown = describe(attachment)
         inside = f"execute() of {self.model}" if self.model is not None else "async code"
         message = (
-            f"In {inside}, {shown} was asked for what only a fetch can give, and a fetch would "
-            "block the event loop there. Await it instead: `await "
+            f"In {inside}, the attachment {shown} was asked for what only a fetch can give, and a "
+            "fetch would block the event loop there. Await it instead: `await "
             "llm_async_attachments.to_async(attachment).content_bytes()`, or ask for it in a "
             "thread, with asyncio.to_thread()"
         )

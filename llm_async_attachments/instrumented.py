@@ -199,7 +199,10 @@ async def _prepared_chunks(
             if chunks is not None and hasattr(chunks, "aclose"):
                 token = open_scope.set(preparation)
                 try:
-                    await chunks.aclose()
+                    if engaged and waiting is not None:
+                        await waiting.run(chunks.aclose())
+                    else:
+                        await chunks.aclose()
                 finally:
                     _reset(token)
         finally:

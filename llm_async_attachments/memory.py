@@ -64,13 +64,16 @@ class Budget:
             self.used += amount
             return True
 
-    async def wait_for(self, amount: int) -> None:
-        """Take, in turn. An amount over the size is given when nothing else is taken."""
+    async def wait_for(self, amount: int, *, first: bool = False) -> None:
+        """Take, in turn or `first`. An amount over the size is given when nothing else is taken."""
         if self.try_take(amount):
             return
         waiter = _Waiter(amount, asyncio.get_running_loop())
         with self._lock:
-            self._queue.append(waiter)
+            if first:
+                self._queue.appendleft(waiter)
+            else:
+                self._queue.append(waiter)
             self._grant()
         try:
             while not waiter.granted.done():
@@ -170,7 +173,13 @@ class Cache:
         self.used -= len(entry[1]) if entry else 0
 
 
+def _cache_size() -> int:
+    """`cache_bytes`, or less where prompts that run need the memory."""
+    settings = current()
+    return min(settings.cache_bytes, max(0, settings.memory_budget - budget.used))
+
+
 budget = Budget(lambda: current().memory_budget)
-cache = Cache(lambda: current().cache_bytes)
+cache = Cache(_cache_size)
 # Prompts that have asked for sizes and wait for room: each keeps its connections open.
 sizing = Budget(lambda: 64)

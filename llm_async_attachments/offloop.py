@@ -61,10 +61,13 @@ class Shared(Generic[T]):
     def __init__(self, start: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._task = asyncio.get_running_loop().create_task(start())
         self._awaiters = 0
+        self._left = False
 
     @property
     def done(self) -> bool:
-        return self._task.done() or self._task.get_loop() is not asyncio.get_running_loop()
+        """True where nobody may join any more: it has ended, is being ended or is elsewhere."""
+        elsewhere = self._task.get_loop() is not asyncio.get_running_loop()
+        return self._left or elsewhere or self._task.done()
 
     async def wait(self) -> T:
         self._awaiters += 1
@@ -73,6 +76,7 @@ class Shared(Generic[T]):
         finally:
             self._awaiters -= 1
             if not self._awaiters and not self._task.done():
+                self._left = True
                 self._task.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([self._task])

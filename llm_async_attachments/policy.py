@@ -54,10 +54,6 @@ class _Seen:
             types = self._asked.setdefault(model_class, {})
             types[media_type] = asked or types.get(media_type, False)
 
-    def passed(self, model_class: type) -> list[str]:
-        """The media types that are passed through for what was seen."""
-        return sorted(t for t, asked in self._asked.get(model_class, {}).items() if not asked)
-
     def clear(self) -> None:
         with self._lock:
             self._asked.clear()

@@ -6,6 +6,7 @@ import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import Token
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -142,8 +143,10 @@ class Preparation(Scope):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        open_scope.reset(self._tokens.pop())
-        self.close()
+        try:
+            open_scope.reset(self._tokens.pop())
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let the bytes go. Code that still asks is told so by the guard."""
@@ -176,7 +179,7 @@ class Preparation(Scope):
         """True while something that the prompt carries is not in memory."""
         return any(
             source not in self._prepared or not self._prepared[source].held
-            for source in self._groups
+            for source in list(self._groups)  # a demand in a thread may add one meanwhile
         )
 
     @property
@@ -192,6 +195,11 @@ class Preparation(Scope):
         if prepared.type and prepared.url and prepared.type not in self._asked:
             self._asked.add(prepared.type)
             policy.seen.note(policy.class_of(self.model), prepared.type, asked=True)
+
+    def refuse(self, attachment: llm.Attachment) -> None:
+        if attachment.type and attachment.url:  # where nothing can wait: fetch it ahead next time
+            policy.seen.note(policy.class_of(self.model), attachment.type, asked=True)
+        super().refuse(attachment)
 
     def succeeded(self) -> None:
         """Note, for later prompts, which media types the model was given and did not ask for."""
@@ -229,7 +237,6 @@ class Preparation(Scope):
             await self._admission.start(
                 await self._known_sizes(waiting),
                 self.max_bytes,
-                self.settings.max_concurrent_fetches,
                 nested=_is_nested(),
             )
             async with Fetcher(self.settings, max_bytes=self.max_bytes) as fetcher:
@@ -276,7 +283,7 @@ class Preparation(Scope):
 
     def _from_cache(self, source: Source) -> bool:
         entry = memory.cache.get(str(source.place))
-        if entry is None:
+        if entry is None or len(entry[1]) > self.max_bytes:  # a fetch says so
             return False
         attachment = self._groups[source][0]
         media_type, data = attachment.type or entry[0], None
@@ -294,7 +301,7 @@ class Preparation(Scope):
                 fetcher,
                 wants=lambda media_type: self._wants_any(source, media_type),
                 declared=getattr(self.model, "attachment_types", None) or (),
-                admit=lambda size: self._admission.admit(source, size),
+                admit=partial(self._admission.admit, source),
             )
             self._admission.settle(source, prepared.size or 0 if prepared.held else 0)
             if fresh and prepared.held and prepared.type and source.kind == "url":
@@ -341,7 +348,7 @@ class Preparation(Scope):
         """What waits unfetched and has the same type: it will be asked for next."""
         return [
             source
-            for source, group in self._groups.items()
+            for source, group in list(self._groups.items())
             if media_type
             and group[0].type == media_type
             and not ((held := self._prepared.get(source)) and held.held)

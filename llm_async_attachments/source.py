@@ -41,16 +41,16 @@ class Source:
             return cls("content", id(attachment.content))
         if attachment.path:
             return cls("path", str(attachment.path))
-        return cls("url", attachment.url) if attachment.url else None
+        return cls("url", str(attachment.url)) if attachment.url else None
 
 
 def describe(attachment: Any) -> str:
     """Which attachment, for people: without the secrets that a URL may carry."""
     if attachment.content:
-        return f"the attachment given as content ({size_text(len(attachment.content))})"
+        return f"content of {size_text(len(attachment.content))}"
     if attachment.path:
-        return f"the attachment {attachment.path}"
-    return f"the attachment {public_url(attachment.url)}" if attachment.url else "an attachment"
+        return str(attachment.path)
+    return public_url(str(attachment.url)) if attachment.url else "an empty attachment"
 
 
 def public_url(url: str) -> str:

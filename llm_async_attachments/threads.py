@@ -2,7 +2,7 @@
 
 `stream()` is all that a caller needs; the gates given to it say how many may run at once.
 
-One thread makes chunks and one event loop takes them, through a `_Pipe`: no chunk costs a lock or a
+One thread makes chunks and one event loop takes them, through a `Pipe`: no chunk costs a lock or a
 wake-up of the loop.
 """
 
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from time import monotonic
 from typing import Generic, TypeVar
@@ -63,27 +63,33 @@ async def stream(
     What `produce` refers to lives as long as the thread: were that the generator returned here, it
     could never be collected, and a plain break would stop nothing.
     """
+    pipe = await start(produce, gates=gates, name=name, max_waiting=max_waiting)
+    del produce  # else the traceback of an error would keep alive what it holds
+    with pipe:
+        while await pipe.more():
+            for chunk in pipe.take():
+                yield chunk
+
+
+async def start(
+    produce: Callable[[], Iterable[T]],
+    *,
+    gates: Sequence[Gate] = (),
+    name: str = "stream",
+    max_waiting: int = 256,
+) -> Pipe[T]:
+    """Start what `stream()` streams, for who takes the chunks from the pipe himself.
+
+    An async generator less: each one costs every chunk.
+    """
     if max_waiting < 1:
         raise ValueError(f"max_waiting must be at least 1, not {max_waiting}")
-    pipe: _Pipe[T] = _Pipe(asyncio.get_running_loop(), max_waiting)
-    place = await enter(gates)
-    _start(produce, pipe, place, name)
-    del produce, place  # else the traceback of an error would keep alive what they hold
-    chunks = pipe.chunks
-    turn = monotonic() + SLICE
-    try:
-        while await pipe.ready():
-            while chunks:
-                yield chunks.popleft()
-                if monotonic() > turn:
-                    pipe.make_room()
-                    turn = await _let_others_run()
-    finally:
-        pipe.close()
-    pipe.raise_error()
+    pipe: Pipe[T] = Pipe(asyncio.get_running_loop(), max_waiting)
+    _launch(produce, pipe, await enter(gates), name)
+    return pipe
 
 
-class _Pipe(Generic[T]):
+class Pipe(Generic[T]):
     """The chunks on their way from one thread to one event loop.
 
     Each field is written by one side only. Who goes to sleep says so first and then looks again
@@ -99,6 +105,7 @@ class _Pipe(Generic[T]):
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._quick = False
+        self._turn = 0.0  # until when chunks that are ready may keep the loop
         # Written by the thread.
         self._woken: asyncio.Future[None] | None = None
         self._blocked = False
@@ -110,13 +117,38 @@ class _Pipe(Generic[T]):
 
     # The side of the loop
 
-    async def ready(self) -> bool:
-        """Wait until chunks are there; False when there will be none."""
+    async def more(self) -> bool:
+        """Wait until chunks are there; False when there will be none.
+
+        Raises what the producer raised, after its last chunk.
+        """
+        if self.chunks and monotonic() > self._turn:
+            self._make_room()
+            self._turn = await _let_others_run()
         while not self.chunks:
-            if self._ended:
-                return bool(self.chunks)  # the last ones came before _ended
-            await self._park()
+            if not self._ended:
+                await self._park()
+            elif not self.chunks:  # the last ones came before _ended
+                self._raise_error()
+                return False
         return True
+
+    def take(self) -> Iterator[T]:
+        """The chunks that are there, for as long as they may keep the loop."""
+        chunks, turn = self.chunks, self._turn
+        while chunks:
+            yield chunks.popleft()
+            if monotonic() > turn:
+                break
+
+    def __enter__(self) -> Pipe[T]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Tell the producer to stop at its next chunk; does not wait for it."""
+        self._closed = True
+        self._look = True
+        self._give_token()
 
     async def _park(self) -> None:
         """Wait for the next chunk or, when the last ones came at once, for a batch of them.
@@ -127,7 +159,7 @@ class _Pipe(Generic[T]):
         self._waiter = waiter = self._loop.create_future()
         timer = self._loop.call_later(GATHER, _resolve, waiter) if self._quick else None
         self._look = not self._quick
-        self.make_room()
+        self._make_room()
         try:
             # Looked at after _waiter and _look were set, or the last chunk could wake nobody.
             if not self.chunks and not self._ended:
@@ -139,18 +171,12 @@ class _Pipe(Generic[T]):
                 timer.cancel()
         self._quick = monotonic() - began < GATHER
 
-    def make_room(self) -> None:
+    def _make_room(self) -> None:
         """Let a producer that waits for room go on, once half of it is free."""
         if self._blocked and len(self.chunks) <= self._max_waiting // 2:
             self._give_token()
 
-    def close(self) -> None:
-        """Tell the producer to stop at its next chunk; does not wait for it."""
-        self._closed = True
-        self._look = True
-        self._give_token()
-
-    def raise_error(self) -> None:
+    def _raise_error(self) -> None:
         """Raise what the producer raised, leaving no reference to it in this pipe or frame."""
         error, self._error = self._error, None
         if error is not None:
@@ -221,7 +247,7 @@ class _Pipe(Generic[T]):
         return self._closed or self._loop.is_closed()
 
 
-def _start(produce: Callable[[], Iterable[T]], pipe: _Pipe[T], place: Place, name: str) -> None:
+def _launch(produce: Callable[[], Iterable[T]], pipe: Pipe[T], place: Place, name: str) -> None:
     context = place.context()
     # Daemon: at interpreter exit nothing waits for a producer in a long call.
     args = (_run, produce, pipe, place, name)
@@ -233,7 +259,7 @@ def _start(produce: Callable[[], Iterable[T]], pipe: _Pipe[T], place: Place, nam
         raise
 
 
-def _run(produce: Callable[[], Iterable[T]], pipe: _Pipe[T], place: Place, name: str) -> None:
+def _run(produce: Callable[[], Iterable[T]], pipe: Pipe[T], place: Place, name: str) -> None:
     """All that happens on the thread."""
     error = None
     try:

@@ -187,6 +187,25 @@ async def test_a_cancelled_awaiter_does_not_fail_the_others(host):
     assert host.count() == 1
 
 
+async def test_who_comes_while_an_abandoned_fetch_is_being_ended_gets_a_new_one(host):
+    """Nobody joins a fetch that its last awaiter has cancelled."""
+    go = threading.Event()
+    for turns in range(8):
+        attachment = AsyncAttachment(url=host.add(f"{turns}.png", PNG, stall_at=100, stall=go))
+        host.clear()
+        first = asyncio.create_task(attachment.content_bytes())
+        await until(lambda: host.count() == 1)
+        first.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        second = asyncio.create_task(attachment.content_bytes())
+        await until(lambda: host.count() == 2)
+        go.set()
+        assert await second == PNG
+        assert first.cancelled()
+        go.clear()
+
+
 async def test_when_all_awaiters_leave_the_fetch_ends(host):
     """The connection is closed and no task is left; the attachment can be asked again."""
     async with no_task_leaks(action="raise"):
@@ -371,7 +390,7 @@ async def test_a_save_that_is_cancelled_while_the_disk_works_leaves_no_part(
 async def test_a_place_that_cannot_be_written_to(tmp_path, place):
     """It is an AttachmentError that names it, and leaves nothing."""
     (tmp_path / "file").touch()
-    with pytest.raises(AttachmentError, match="Could not save the attachment given as") as caught:
+    with pytest.raises(AttachmentError, match="Could not save content of") as caught:
         await AsyncAttachment(content=PNG).save(f"{tmp_path}/{place}")
     assert not isinstance(caught.value, (OSError, ValueError))
     assert sorted(os.listdir(tmp_path)) == ["file"]
@@ -474,7 +493,7 @@ def test_equality_and_repr():
     assert AsyncAttachment(url="u", type="t") == AsyncAttachment(url="u", type="t")
     assert AsyncAttachment(url="u") != AsyncAttachment(url="v")
     assert repr(AsyncAttachment("image/png", content=PNG)) == (
-        "<AsyncAttachment: the attachment given as content (1.43 kB), type image/png>"
+        "<AsyncAttachment: content of 1.43 kB, type image/png>"
     )
     assert AsyncAttachment("t", "p", "u", b"c") == AsyncAttachment(
         type="t", path="p", url="u", content=b"c"

@@ -874,6 +874,13 @@ async def test_async_concurrency():
         assert await most_at_once(Says, 6, 4, async_concurrency=3) == 4
 
 
+@pytest.mark.parametrize("size", [0, -1, "two", 2.5])
+async def test_malformed_async_concurrency(size):
+    "An async_concurrency that is no number of calls is an error that says where it stands."
+    with pytest.raises(ValueError, match="async_concurrency of Says"):
+        await converted(lambda *args: ["x"], async_concurrency=size).prompt("x")
+
+
 async def test_one_at_a_time_across_event_loops():
     "The limit holds across event loops."
     crowd = Crowd()

@@ -174,8 +174,9 @@ def test_sources_are_found_as_llm_finds_them():
     assert Source.of(Attachment(content=b"", path="p", url="u")) == Source("path", "p")
     assert Source.of(Attachment(url="u")) == Source.of(Attachment(url="u", type="image/png"))
     assert Source.of(Attachment()) is None
-    assert describe(Attachment()) == "an attachment"
-    assert describe(Attachment(content=b"x" * 1200)) == "the attachment given as content (1.2 kB)"
+    assert describe(Attachment()) == "an empty attachment"
+    assert describe(Attachment(content=b"x" * 1200)) == "content of 1.2 kB"
+    assert describe(Attachment(path="a.png", url="u")) == "a.png"
 
 
 # -- which type ---------------------------------------------------------------------------------
@@ -716,6 +717,22 @@ async def test_an_error_of_the_caller_is_its_own(host):
     with pytest.raises(ValueError, match="mine"):
         async with Fetcher() as fetcher, fetcher.open(host.url("document.pdf")):
             raise ValueError("mine")
+
+
+async def test_a_header_that_promises_more_than_came_adds_nothing():
+    """A transport of one's own may not check Content-Length."""
+
+    async def body():
+        yield b"abc"
+
+    answer = httpx.Response(200, headers={"Content-Length": "10"}, content=body())
+    transport = httpx.MockTransport(lambda request: answer)
+    data = await fetched(
+        "http://127.0.0.1:9/",
+        max_bytes=100,
+        client_factory=lambda: httpx.AsyncClient(transport=transport),
+    )
+    assert data == b"abc"
 
 
 async def test_a_client_factory_keeps_to_the_settings(host):

@@ -120,7 +120,7 @@ async def test_the_message_names_attachment_model_and_remedy(media_host):
     assert "execute() of Model (async): guarded" in message
     assert "to_async(attachment).content_bytes()" in message
     assert "asyncio.to_thread()" in message
-    assert caught.value.attachment.startswith("the attachment http://127.0.0.1")
+    assert caught.value.attachment.startswith("http://127.0.0.1")
 
 
 async def test_an_unfetched_attachment_of_the_prompt_raises_without_the_bridge(asked, media_host):

@@ -957,6 +957,27 @@ async def test_a_demand_is_met_where_nothing_was_prepared(media_host, kind):
 
 
 @needs_greenlet
+async def test_a_demand_while_execute_is_closed_is_met(media_host):
+    """The finally block of a plugin that is left may ask for what was passed through."""
+
+    class Finishing(Promised):
+        async def execute(self, prompt, stream, response, conversation):
+            try:
+                yield "begun"
+            finally:
+                self.got = prompt.attachments[0].content_bytes()
+
+    model = to_async(Finishing())
+    prompt = llm.Prompt("x", model, attachments=[png(media_host)])
+    response = llm.AsyncResponse(prompt, model, True)
+    chunks = model.execute(prompt, stream=True, response=response, conversation=None)
+    assert await anext(chunks) == "begun"
+    await chunks.aclose()
+    assert model.got == PNG
+    assert memory.budget.used == 0
+
+
+@needs_greenlet
 async def test_a_child_task_is_told_by_the_guard(media_host):
     """Where the bridge cannot reach, the guard raises and names the remedy."""
 

@@ -319,6 +319,20 @@ async def test_sizes_come_from_headers_before_bodies_are_read(media_host):
         assert await within(asyncio.gather(first, second)) == [30_000_000, 40_000_000]
 
 
+async def test_many_small_bodies_do_not_wait_for_other_prompts(media_host):
+    """All sizes of a prompt are learned before it waits, of more URLs than are fetched at once."""
+    model, gate = gated()
+    with configure(max_bytes=500_000, memory_budget=2_000_000, max_concurrent_fetches=4):
+        first = asyncio.create_task(answer(model, pngs(media_host, 500_000, name="a")))
+        await until(lambda: memory.budget.used == 500_000)
+        many = pngs(media_host, *[10_000] * 40, name="b", delay=0.01)
+        assert await within(answer(to_async(Reader()), many)) == 400_000
+        assert not first.done()
+        assert media_host.most_at_once <= 40
+        gate.set()
+        assert await within(first) == 500_000
+
+
 async def test_an_unknown_length_counts_as_the_cap_until_it_is_known(media_host):
     """A body without a length reserves the cap while it comes, and its size afterwards."""
     model, gate = gated()
@@ -339,7 +353,7 @@ async def test_unknown_lengths_are_let_in_as_far_as_they_surely_fit():
     one, two, three = (Source("url", f"http://h/{n}") for n in range(3))
     admission = Admission()
     with configure(memory_budget=4_000):
-        await admission.start(dict.fromkeys([one, two, three]), 3_000, 16, nested=False)
+        await admission.start(dict.fromkeys([one, two, three]), 3_000, nested=False)
         await within(admission.admit(one, None))
         waiting = [asyncio.create_task(admission.admit(s, None)) for s in (two, three)]
         for _ in range(5):
@@ -418,6 +432,25 @@ async def test_a_consumer_may_prompt_again_between_two_chunks(media_host, monkey
                 sizes.append(int(chunk))
                 sizes.append(await within(answer(inner, pngs(media_host, 900)), 10))
     assert sizes == [1_000, 900]
+
+
+async def test_many_consumers_that_prompt_again_stay_near_the_budget(media_host, monkeypatch):
+    """What they prompt goes before the prompts that have not begun: it ends first, and frees what
+    the others wait for."""
+    monkeypatch.setattr(memory, "_STUCK", 0.2)
+    monkeypatch.setattr(Reader, "most", 0)
+    model = to_async(Reader())
+
+    async def consume(n):
+        sizes, outer = [], pngs(media_host, 500, name=f"outer{n}")
+        async for _ in model.prompt("x", attachments=outer):
+            sizes.append(await answer(model, pngs(media_host, 400, name=f"inner{n}")))
+        return sizes
+
+    with configure(memory_budget=1_000, cache_bytes=0):
+        sizes = await within(asyncio.gather(*map(consume, range(12))))
+    assert sizes == [[400]] * 12
+    assert Reader.most <= 1_500
 
 
 async def test_a_preparation_that_is_not_opened_does_not_starve_others(media_host, monkeypatch):
@@ -705,6 +738,29 @@ async def test_cache_bytes_0_turns_reuse_off(media_host):
     assert memory.cache.used == 0
 
 
+async def test_the_cache_does_not_get_round_the_cap(media_host):
+    """What one model had fetched is refused in the history of another with a lower cap."""
+    conversation = to_async(Resending(of_history)).conversation()
+    await conversation.prompt("look", attachments=[llm.Attachment(url=media_host.url("image.png"))])
+    conversation.model = to_async(Resending(of_history))
+    conversation.model.max_attachment_bytes = 1000
+    with pytest.raises(AttachmentTooLarge):
+        await conversation.prompt("again")
+
+
+async def test_the_cache_gives_way_to_prompts_that_run(media_host):
+    """Together they keep to the budget."""
+    with configure(memory_budget=1_000):
+        assert await answer(to_async(Reader()), pngs(media_host, 400, name="b")) == 400
+        assert memory.cache.used == 400
+        model, gate = gated()
+        running = asyncio.create_task(answer(model, pngs(media_host, 800, name="c")))
+        await until(lambda: memory.budget.used == 800)
+        await until(lambda: memory.cache.used <= 200)
+        gate.set()
+        assert await within(running) == 800
+
+
 async def test_history_that_fell_out_of_the_cache_is_fetched_again(media_host):
     """The cache is a saving, never a need."""
     conversation = to_async(Resending(of_history)).conversation()
@@ -742,3 +798,28 @@ async def test_the_cache_keeps_no_attachment_alive(media_host):
     del attachment
     gc.collect()
     assert watched() is None
+
+
+async def test_a_thread_that_outlasts_its_prompt_leaves_nothing_taken(media_host):
+    """Bytes that come after the preparation has closed are not counted for ever."""
+    started, go = threading.Event(), threading.Event()
+    late = media_host.add("late.png", PNG, stall_at=100, stall=go)
+
+    class Impatient(llm.AsyncModel):
+        model_id = "impatient"
+        attachment_types = frozenset({"image/png"})
+
+        async def execute(self, prompt, stream, response, conversation):
+            def ask():
+                started.set()
+                return llm.Attachment(url=late, type="image/png").content_bytes()
+
+            self.asking = asyncio.create_task(asyncio.to_thread(ask))
+            await until(started.is_set)
+            yield "done"
+
+    model = to_async(Impatient())
+    await model.prompt("x", attachments=[llm.Attachment(url=media_host.url("image.png"))])
+    go.set()
+    assert await model.asking == PNG
+    assert memory.budget.used == 0

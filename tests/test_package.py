@@ -30,7 +30,7 @@ LAYERS = (
     ("demo",),
     ("models",),
     ("converted",),
-    ("instrumented",),
+    ("instrumented", "twins"),
     ("prepare",),
     ("guard", "threads"),
     ("bridge", "gates"),

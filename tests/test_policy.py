@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_async_attachments import bridge, configure, policy, to_async
+from llm_async_attachments import BlockingFetchError, bridge, configure, policy, to_async
 from llm_async_attachments.loopback import Generated, fixture
 from llm_async_attachments.policy import KNOWN, Choice, Known, choose, matches, seen
 
@@ -162,9 +162,6 @@ def test_having_asked_outweighs_in_any_order(notes):
     for media_type in "ab":
         of_type = [asked for t, asked in notes if t == media_type]
         assert learned.get(Model, media_type) == (any(of_type) if of_type else None)
-    assert learned.passed(Model) == sorted(
-        {t for t, _ in notes} - {t for t, asked in notes if asked}
-    )
 
 
 def test_what_was_seen_does_not_keep_a_class_alive():
@@ -248,6 +245,29 @@ async def test_a_prompt_that_fails_teaches_nothing(media_host):
     with pytest.raises(RuntimeError, match="fails"):
         await prompt(Failing(), media_host.url("image.png"))
     assert seen.get(Failing, "image/png") is None
+
+
+@needs_greenlet
+async def test_a_demand_that_was_refused_is_learned(media_host):
+    """Code where nothing can wait fails once; then its type is fetched ahead for it."""
+    import asyncio
+
+    class Spawning(Model):
+        async def execute(self, prompt, stream, response, conversation):
+            async def child():
+                return len(prompt.attachments[0].content_bytes())
+
+            yield str(await asyncio.create_task(child())) if self.asks else "not asked"
+
+    model = Spawning()
+    await prompt(model, media_host.url("image.png?1"))
+    model.asks = True
+    attachment = llm.Attachment(url=media_host.url("image.png?2"), type="image/png")
+    response = to_async(model).prompt("x", attachments=[attachment])
+    with pytest.raises(BlockingFetchError):
+        await response.text()
+    assert await response.text() == str(len(PNG)), "awaited again"
+    assert await prompt(model, media_host.url("image.png?3")) == str(len(PNG))
 
 
 async def test_asking_in_a_thread_counts(media_host):

@@ -23,6 +23,7 @@ from llm_async_attachments import (
     AttachmentFetchError,
     AttachmentTooLarge,
     BlockingFetchError,
+    bridge,
     configure,
     fetch,
     guard,
@@ -639,9 +640,16 @@ async def test_ids_are_llms_own(media_host, tmp_path):
     url = llm.Attachment(url=media_host.url("image.png"))
     local = llm.Attachment(path=str(path))
     expected = llm.Attachment(url=url.url).id()
-    with await prepare_attachments(prompt_of(url, local)):
+    given = [
+        llm.Attachment(content=PNG),
+        llm.Attachment(content=PDF + bytes(2_000_000)),
+        llm.Attachment(content=PNG + b"1", path=str(path)),
+        llm.Attachment(content=PNG + b"2", url=url.url),
+    ]
+    with await prepare_attachments(prompt_of(url, local, *given)):
         assert url.id() == expected != hashlib.sha256(PNG).hexdigest()
         assert local.id() == hashlib.sha256(PDF).hexdigest()
+        assert [a.id() for a in given] == [hashlib.sha256(a.content).hexdigest() for a in given]
 
 
 async def test_base64_is_computed_once(media_host):
@@ -832,6 +840,7 @@ async def test_a_replaced_step_may_call_the_modules_own(media_host):
         await to_async(Capped()).prompt("x", attachments=[attachment])
 
 
+@pytest.mark.skipif(not bridge.available(), reason="greenlet is not installed")
 async def test_a_replaced_step_may_prepare_nothing(media_host):
     """None means that nothing is held; a demand is then met one by one."""
 
