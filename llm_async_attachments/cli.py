@@ -466,6 +466,12 @@ def _model_facts(entry: Any) -> dict[str, Any]:
     form = "converted" if converted_by else "native" if entry.async_model else "sync only"
     types = sorted(model.attachment_types or ())
     own = _own_preparation(model) if entry.async_model else None
+    at_once: int | str | None = None
+    if isinstance(model, Converted):
+        try:
+            at_once = concurrency(model.sync_model)
+        except ValueError as error:  # a plugin's mistake is no reason to hide the other models
+            at_once = str(error)
     choices = {} if own else {t: choose(model, t) for t in types}
     return {
         "model_id": model.model_id,
@@ -476,7 +482,7 @@ def _model_facts(entry: Any) -> dict[str, Any]:
         "by_url": {t: choice.reason for t, choice in choices.items() if choice.passes},
         "prepared_by_model": own,
         "max_bytes": cap_of(model),
-        "concurrency": concurrency(model.sync_model) if isinstance(model, Converted) else None,
+        "concurrency": at_once,
     }
 
 
@@ -496,6 +502,7 @@ def _model_lines(facts: list[dict[str, Any]]) -> list[str]:
     rows = [["Model", "Async", "Takes", "By URL", "Cap"]]
     for fact in facts:
         types, at_once = fact["attachment_types"], fact["concurrency"]
+        at_once = "?" if isinstance(at_once, str) else at_once
         rows.append(
             [
                 fact["model_id"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -485,6 +486,14 @@ def test_models_tells_native_from_converted() -> None:
     assert facts["keyed"]["concurrency"] == 32
     assert facts["native"]["form"] == "native"
     assert facts["native"]["converted_by"] is facts["native"]["concurrency"] is None
+
+
+def test_models_shows_the_others_beside_a_malformed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin that declares nonsense is marked, and told of in the JSON."""
+    monkeypatch.setattr(Sync, "async_concurrency", 0, raising=False)
+
+    assert "async_concurrency" in models()["local"]["concurrency"]
+    assert re.search(r"^local +converted \(\?\)", run("models").stdout, re.M)
 
 
 def test_models_tells_what_is_taken_by_url_and_why() -> None:

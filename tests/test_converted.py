@@ -698,7 +698,8 @@ async def test_prompt_again_after_a_timeout_before_the_first_chunk():
 
 
 CHILD = """
-    import asyncio, time, llm
+    import asyncio, signal, time, llm
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored from outside
     from llm_async_attachments import to_async
     class Slow(llm.Model):
         model_id = "slow"

@@ -640,7 +640,8 @@ def child(code: str, **kwargs: object) -> subprocess.Popen[str]:
 
 
 BLOCKED = """
-    import asyncio, time
+    import asyncio, signal, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored from outside
     from llm_async_attachments.threads import stream
     def produce():
         yield 1
