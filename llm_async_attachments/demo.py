@@ -264,7 +264,7 @@ def main(
     """
     live = sys.stdout.isatty() and not json_output
     try:
-        with _own_environment(), _prompt_interrupt():
+        with own_environment(), _prompt_interrupt():
             report = asyncio.run(run(urls, delay, live))
             if json_output:
                 echo(as_json(report))
@@ -280,7 +280,7 @@ _FOREIGN = ("OPENAI_", "LLM_OPENAI_", ENV_PREFIX)
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
+def own_environment() -> Iterator[None]:
     "An empty llm directory, no proxies, default settings; what was there comes back."
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as user_path:
