@@ -24,8 +24,8 @@ def serve() -> None:
     from llm_async_attachments.loopback import Generated, MediaHost
 
     with MediaHost() as host:
-        host.add("/large", Generated(200 * MB, b"%PDF-1.7"))
-        host.add("/small", Generated(1 * MB, b"%PDF-1.7"))
+        host.add("/large.pdf", Generated(200 * MB, b"%PDF-1.7"))
+        host.add("/small.pdf", Generated(1 * MB, b"%PDF-1.7"))
         print(host.url("/"), flush=True)
         sys.stdin.read()
 
@@ -128,8 +128,8 @@ def main() -> None:
         assert server.stdout is not None
         base = server.stdout.readline().decode().strip()
         for title, urls in (
-            ("one body of 200 MB", [f"{base}large"]),
-            ("50 bodies of 1 MB at once", [f"{base}small?{n}" for n in range(50)]),
+            ("one body of 200 MB", [f"{base}large.pdf"]),
+            ("50 bodies of 1 MB at once", [f"{base}small.pdf?{n}" for n in range(50)]),
         ):
             table(title, ways, urls, options.rounds)
         assert server.stdin is not None
