@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -194,7 +194,7 @@ class _Inspector:
         found = {name: _Inspected(name) for name in given}  # the same one twice is one request
         slots = anyio.Semaphore(self.settings.max_concurrent_fetches)
         async with (
-            Fetcher(self.settings) as fetcher,
+            Fetcher(self.settings, max_bytes=self.cap) as fetcher,
             self._indicator(len(found)),
             anyio.create_task_group() as tasks,
         ):
@@ -211,7 +211,7 @@ class _Inspector:
                 if one.given == "-":
                     self._look_at_stdin(one)
                 elif one.is_url:
-                    await self._look_at_url(one, fetcher, began)
+                    await self._look_at_url(one, fetcher)
                 else:
                     await self._look_at_path(one)
             except AttachmentError as error:
@@ -236,14 +236,13 @@ class _Inspector:
         size = await in_thread(size_of_path, one.given)
         self._note(one, await in_thread(type_of_path, one.given), "path", size)
 
-    async def _look_at_url(self, one: _Inspected, fetcher: Fetcher, began: float) -> None:
+    async def _look_at_url(self, one: _Inspected, fetcher: Fetcher) -> None:
         declared = self.model.attachment_types if self.model is not None else ()
         async with fetcher.open(one.given) as download:
             self._note(one, *await download.resolve_type(declared), download.length)
             if one.handling in (None, "fetched"):
                 self.reading.append(download)
-                left = self.settings.total_timeout - (time.perf_counter() - began)
-                one.size = await self._measured(download, left)
+                one.size = await download.measure()
 
     def _note(self, one: _Inspected, type_: str | None, type_from: str, size: int | None) -> None:
         one.type, one.type_from, one.size = type_, type_from if type_ else None, size
@@ -262,30 +261,6 @@ class _Inspector:
             return "read", "standard input" if one.given == "-" else "local file"
         choice = choose(self.model, one.type)
         return "passed through" if choice.passes else "fetched", choice.reason
-
-    async def _measured(self, download: Download, seconds: float) -> int:
-        """The size of a body, read without being kept, up to the cap and in so much time."""
-        import anyio
-
-        from .errors import AttachmentFetchError
-        from .source import public_url, too_large
-
-        shown, size = public_url(download.url), download.length or 0
-        with anyio.move_on_after(max(0.0, seconds)):
-            if size > self.cap:
-                raise too_large(shown, size, self.cap)
-            size = 0
-            async with aclosing(download.pieces()) as pieces:
-                async for piece in pieces:
-                    size += len(piece)
-                    if size > self.cap:
-                        raise too_large(shown, size, self.cap, known=False)
-            return size
-        raise AttachmentFetchError(
-            f"Could not fetch {shown}: it took longer than {self.settings.total_timeout:g} s in "
-            "all (setting total_timeout)",
-            attachment=shown,
-        )
 
     @asynccontextmanager
     async def _indicator(self, total: int) -> AsyncIterator[None]:

@@ -129,6 +129,14 @@ class Download:
         buffer.truncate()
         return buffer.getvalue()
 
+    async def measure(self) -> int:
+        """The size of the whole body in bytes, read as `read()` does, and not kept."""
+        size = 0
+        with self._deadline:
+            async for piece in self.pieces():
+                size += len(piece)
+        return size
+
     def check_size(self) -> None:
         """Raise AttachmentTooLarge if the headers, or what was received, say that it is."""
         size = max(self._size, self.length or 0)

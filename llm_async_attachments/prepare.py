@@ -192,14 +192,17 @@ class Preparation(Scope):
         return None if source is None else self._prepared.get(source)
 
     def asked(self, prepared: PreparedAttachment) -> None:
-        if prepared.type and prepared.url and prepared.type not in self._asked:
-            self._asked.add(prepared.type)
-            policy.seen.note(policy.class_of(self.model), prepared.type, asked=True)
+        self._learn(prepared)
 
     def refuse(self, attachment: llm.Attachment) -> None:
-        if attachment.type and attachment.url:  # where nothing can wait: fetch it ahead next time
-            policy.seen.note(policy.class_of(self.model), attachment.type, asked=True)
+        self._learn(attachment)  # where nothing can wait: fetch it ahead next time
         super().refuse(attachment)
+
+    def _learn(self, attachment: llm.Attachment) -> None:
+        """Note, for later prompts, that the model asks for the bytes of this media type."""
+        if attachment.type and attachment.url and attachment.type not in self._asked:
+            self._asked.add(attachment.type)
+            policy.seen.note(policy.class_of(self.model), attachment.type, asked=True)
 
     def succeeded(self) -> None:
         """Note, for later prompts, which media types the model was given and did not ask for."""
@@ -334,8 +337,8 @@ class Preparation(Scope):
         if not any(a is attachment for a in self._groups[source]):
             self._groups[source].append(attachment)
             self._kept.append(attachment.content)
-        if body and attachment.type and attachment.url:
-            policy.seen.note(policy.class_of(self.model), attachment.type, asked=True)
+        if body:
+            self._learn(attachment)
         async with Fetcher(self.settings, max_bytes=self.max_bytes) as fetcher:
             mine = self._start(source, fetcher, body=body)
             alike = self._of_type(attachment.type) if body else []
